@@ -56,7 +56,7 @@ def _chosen(path: Path, identity: Mapping[str, Any]) -> float | None:
     """The learning rate that an earlier run with the same flags has chosen."""
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-        return float(fields["lr"]) if fields["flags"] == json.loads(json.dumps(identity)) else None
+        return float(fields["lr"]) if fields["flags"] == identity else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -6,7 +6,6 @@ Only trained weights are stored; the others come from --load. The best weights s
 the average of the weights, unless they are those of the same step.
 """
 
-import json
 import math
 import shutil
 from collections.abc import Mapping
@@ -66,7 +65,7 @@ class Unfinished:
     def __init__(self, folder: Path, config: Config, engine: Engine, log: Log, claim: Claim | None,
                  work: Mapping[str, Any]) -> None:
         self._folder, self._config, self._engine, self._log = folder / UNFINISHED, config, engine, log
-        self._claim, self._work = claim, json.loads(json.dumps(work))
+        self._claim, self._work = claim, work
         self._saver: PatientSaver | None = None
         self._found = newest(str(self._folder), engine.mesh.world, log)
         if self._found is not None and self._found.state.get("work") != self._work:

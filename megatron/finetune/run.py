@@ -87,13 +87,12 @@ def described(flags: Flags, data: TaskData, num_ends: int) -> Described:
                     flags.finetune.head_dropout)
     if space.kind in (NUMBER, NUMBERS):
         numbers = _that_count(labels)
-        spec = HeadSpec(**vars(spec) | {"mean": float(np.mean(numbers)), "deviation": float(np.std(numbers))})
+        spec = replace(spec, mean=float(np.mean(numbers)), deviation=float(np.std(numbers)))
     if flags.task.class_weights == "balanced":
         if space.kind in WITHOUT_CLASSES:
             raise ConfigError(f"--class-weights balanced is for classes, and the labels are of the kind {space.kind}; "
                               "leave it out")
-        weights = tuple(map(float, class_weights(space, labels)))
-        spec = HeadSpec(**vars(spec) | {"class_weights": weights})
+        spec = replace(spec, class_weights=tuple(map(float, class_weights(space, labels))))
     return Described(data.task, space, spec, flags.lora)
 
 
@@ -140,8 +139,7 @@ def _job(flags: Flags, mesh: Mesh, log: Log, requests: StopRequests) -> Job:
              + (f", {len(data.space.class_names)} classes" if data.space.class_names else ""))
     identity = {**flags.identity(), "data": data.digest(), "weights": digest_of_weights(checkpoint.path)}
     return Job(_settled(flags, flags_of(checkpoint), mesh, log), identity, data,
-               described(flags, data, config.data.num_ends), vocab, checkpoint, flags_of(checkpoint), mesh, log,
-               requests)
+               described(flags, data, config.data.num_ends), vocab, checkpoint, mesh, log, requests)
 
 
 def _settled(flags: Flags, saved: Mapping[str, Any], mesh: Mesh, log: Log) -> Flags:
@@ -169,7 +167,7 @@ def _done(folder: Path, identity: Mapping[str, Any], seed: int) -> Report | None
             raise ConfigError(f"--save {folder} holds another run, which would be lost; name a new folder")
         return None
     report: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    if report.get("flags") != json.loads(json.dumps(identity)) or report.get("seed") != seed:
+    if report.get("flags") != identity or report.get("seed") != seed:
         raise ConfigError(f"--save {folder} holds the report of other flags, data or weights, or of another seed; name "
                           "a new folder")
     return dict(report)

@@ -32,6 +32,7 @@ from megatron.finetune.model import Described
 from megatron.finetune.predictions.collected import measured, predictions, settings_of
 from megatron.finetune.predictions.metrics import Measured
 from megatron.finetune.progress import Unfinished
+from megatron.infer.pretrained import flags_of
 from megatron.log import Log
 from megatron.model.lora import adapters_in
 from megatron.optim.schedule import build_schedule
@@ -58,11 +59,14 @@ class Job:
     described: Described
     vocab: Vocab
     checkpoint: Checkpoint
-    saved: Mapping[str, Any]  # the flags of the checkpoint
     mesh: Mesh
     log: Log
     requests: StopRequests
     claim: Claim | None = None
+
+    def config(self, num_iterations: int | None = None) -> Config:
+        """Pretraining's configuration, as `Flags.config` has it."""
+        return self.flags.config(flags_of(self.checkpoint), self.mesh.data.size, num_iterations)
 
 
 def fine_tune(job: Job, seed: int, folder: Path) -> dict[str, Any] | None:
@@ -89,15 +93,15 @@ class FineTuning:
 
     def __init__(self, job: Job, seed: int, folder: Path, is_try: bool = False) -> None:
         self._job, self._seed, self._folder, self._mesh, self._log = job, seed, folder, job.mesh, job.log
-        config, finetune = job.flags.config(job.saved, job.mesh.data.size), job.flags.finetune
+        config, finetune = job.config(), job.flags.finetune
         self._engine = job.described.begin(config, job.mesh, job.vocab, job.checkpoint, seed, finetune.head_only)
         self._train = self._packed("train", is_training=True)
         self.num_steps = job.flags.others.get("train_iters") or sum(
             self._train.num_steps(epoch) for epoch in range(finetune.epochs))
         if is_try:
             self.num_steps = min(self.num_steps, max(_LEAST_OF_A_TRY, self._train.num_steps(0) // 4))
-        self._config = job.flags.config(job.saved, job.mesh.data.size, self.num_steps)
-        self._rows = _rows_a_step(self._config)
+        self._config = job.config(self.num_steps)
+        self._rows = self._config.training.global_batch_size
         self._schedule = build_schedule(self._config.schedule, global_batch_size=self._rows,
                                         train_iters=self.num_steps, train_samples=None)
         self._parts = {part: self._packed(part, is_training=False) for part in job.data.parts if part != "train"}
@@ -273,11 +277,6 @@ class FineTuning:
         """One line of metrics.jsonl."""
         if self._log.is_speaker:
             self._metrics.add({"kind": kind, "iteration": self._progress.iteration, "epoch": epoch, **values})
-
-
-def _rows_a_step(config: Config) -> int:
-    assert config.training.global_batch_size is not None, "the flags' default fills it in"
-    return config.training.global_batch_size
 
 
 def _finite(value: float) -> float | None:

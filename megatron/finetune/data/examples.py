@@ -62,20 +62,13 @@ class TaskData:
 
 def load_task(task: Task, files: dict[str, str], tokenizer: ResidueTokenizer) -> TaskData:
     """Read the files of a task, given by part; classes are those of `train`. Raises DataError."""
-    records: Iterable[ProteinRecord] = read_records(files["train"], task, tokenizer)
-    if task.kind not in WITHOUT_CLASSES:
-        records = list(records)
-        space = label_space(task, records)
-    else:
-        space = label_space(task, ())
-    parts = {"train": _examples(space, records)}
-    parts |= {part: read_examples(path, task, space, tokenizer) for part, path in files.items() if part != "train"}
+    records = read_records(files["train"], task, tokenizer)
+    seen = [] if task.kind in WITHOUT_CLASSES else list(records)
+    space = label_space(task, seen)
+    parts = {"train": _examples(space, seen or records)}
+    parts |= {part: _examples(space, read_records(path, task, tokenizer))
+              for part, path in files.items() if part != "train"}
     return TaskData(task, space, parts)
-
-
-def read_examples(path: str, task: Task, space: LabelSpace, tokenizer: ResidueTokenizer) -> list[Example]:
-    """The examples of one file, with labels of `space`; raises DataError."""
-    return _examples(space, read_records(path, task, tokenizer))
 
 
 def read_proteins(path: str, task: Task, tokenizer: ResidueTokenizer, skips: bool, log: Log,

@@ -25,7 +25,6 @@ from megatron.train.step.passes import ForwardPasses
 def settings_of(engine: Engine, seed: int) -> BatchSettings:
     """How to pack labelled proteins into rows and divide them among ranks in an engine's layout."""
     config, mesh = engine.config, engine.mesh
-    assert config.data.seq_length is not None and config.training.global_batch_size is not None
     return BatchSettings(
         config.data.seq_length, config.data.num_ends, config.training.micro_batch_size,
         config.training.global_batch_size, seed, mesh.data.rank, mesh.data.size,

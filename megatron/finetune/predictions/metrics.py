@@ -30,8 +30,8 @@ class Measured:
     """The value of a metric and the ends of its interval; NaN if no interval was asked for."""
 
     value: float
-    low: float = np.nan
-    high: float = np.nan
+    low: float
+    high: float
 
 
 def measure(space: LabelSpace, true: Sequence[Any], predicted: Sequence[Any], *, num_draws: int = 0,
@@ -44,10 +44,8 @@ def measure(space: LabelSpace, true: Sequence[Any], predicted: Sequence[Any], *,
     residues have the same weight, whatever their protein. `num_draws`: number of bootstrap resamples of the proteins
     for the percentile interval (`infer.bootstrap`); resamples for which a metric is undefined are left out.
     """
-    statistic, everything = _statistic(space, true, predicted), np.arange(len(true))
-    values = statistic(everything)
-    if not num_draws:
-        return {name: Measured(values[name]) for name in METRICS[space.kind]}
+    statistic = _statistic(space, true, predicted)
+    values = statistic(np.arange(len(true)))
     of_draws = [statistic(chosen) for chosen in draws(len(true), num_draws, seed)]
     return {name: Measured(values[name], *interval([of_draw[name] for of_draw in of_draws]))
             for name in METRICS[space.kind]}
