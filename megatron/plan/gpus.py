@@ -26,6 +26,7 @@ class Gpu:
     node, by NVLink, or PCIe without NVLink. `network`: each GPU's share of the node's network adapters.
     """
 
+    name: str
     capability: tuple[int, int]
     memory_gib: int
     fp8_tflops: float
@@ -37,25 +38,16 @@ class Gpu:
     network: float
 
 
-GPUS = {
-    "a100-40gb": Gpu((8, 0), 40, 0, 312, 156, 19.5, 1555, 300, 25),
-    "a100-80gb": Gpu((8, 0), 80, 0, 312, 156, 19.5, 2039, 300, 25),
-    "h100-80gb": Gpu((9, 0), 80, 1979, 989, 494, 67, 3350, 450, 50),
-    "h200-141gb": Gpu((9, 0), 141, 1979, 989, 494, 67, 4800, 450, 50),
-    "b200-180gb": Gpu((10, 0), 180, 4500, 2250, 1125, 80, 8000, 900, 50),
-    "l40s-48gb": Gpu((8, 9), 48, 733, 362, 183, 91.6, 864, 32, 12.5),
-    "v100-32gb": Gpu((7, 0), 32, 0, 125, 0, 15.7, 900, 150, 6.25),
-    "rtx4090-24gb": Gpu((8, 9), 24, 330, 165, 82.6, 82.6, 1008, 32, 3.125),
-}
-
-
-@dataclass(frozen=True)
-class Peaks:
-    """Peak FLOP/s for a run: `products` in the dtype of activations, `fp8` in FP8, `half` for Muon."""
-
-    products: float
-    fp8: float
-    half: float
+GPUS = {gpu.name: gpu for gpu in (
+    Gpu("a100-40gb", (8, 0), 40, 0, 312, 156, 19.5, 1555, 300, 25),
+    Gpu("a100-80gb", (8, 0), 80, 0, 312, 156, 19.5, 2039, 300, 25),
+    Gpu("h100-80gb", (9, 0), 80, 1979, 989, 494, 67, 3350, 450, 50),
+    Gpu("h200-141gb", (9, 0), 141, 1979, 989, 494, 67, 4800, 450, 50),
+    Gpu("b200-180gb", (10, 0), 180, 4500, 2250, 1125, 80, 8000, 900, 50),
+    Gpu("l40s-48gb", (8, 9), 48, 733, 362, 183, 91.6, 864, 32, 12.5),
+    Gpu("v100-32gb", (7, 0), 32, 0, 125, 0, 15.7, 900, 150, 6.25),
+    Gpu("rtx4090-24gb", (8, 9), 24, 330, 165, 82.6, 82.6, 1008, 32, 3.125),
+)}
 
 
 def gpu_named(name: str) -> Gpu:
@@ -65,16 +57,16 @@ def gpu_named(name: str) -> Gpu:
     return GPUS[name]
 
 
-def peaks_of(name: str, precision: PrecisionConfig) -> Peaks:
-    """The peaks of a GPU at a precision; raises ConfigError if it does not support that."""
-    gpu, recipe = gpu_named(name), recipe_of(precision)
+def peak_tflops(gpu: Gpu, precision: PrecisionConfig) -> float:
+    """The peak of products in the dtype of activations; raises ConfigError if the GPU does not support the precision.
+    """
+    recipe = recipe_of(precision)
     if gpu.capability < (8, 0):
-        raise ConfigError(f"--gpu {name} is from before compute capability 8.0: no fused attention runs on it, and "
+        raise ConfigError(f"--gpu {gpu.name} is from before compute capability 8.0: no fused attention runs on it, and "
                           "what attention by protein keeps is not counted; give another --gpu")
     if recipe is not None and gpu.capability < (needed := least_capability(recipe)):
         raise ConfigError(f"--fp8 {precision.fp8} with --fp8-recipe {precision.fp8_recipe} needs compute capability "
-                          f"{needed[0]}.{needed[1]}, and --gpu {name} has {gpu.capability[0]}.{gpu.capability[1]}; "
+                          f"{needed[0]}.{needed[1]}, and --gpu {gpu.name} has {gpu.capability[0]}.{gpu.capability[1]}; "
                           "leave it out, or give another --gpu")
     of_fp32 = gpu.tf32_tflops if precision.tf32 else gpu.fp32_tflops
-    products = gpu.half_tflops if precision.fp16 or precision.bf16 else of_fp32
-    return Peaks(products * 1e12, gpu.fp8_tflops * 1e12, gpu.half_tflops * 1e12)
+    return gpu.half_tflops if precision.fp16 or precision.bf16 else of_fp32

@@ -12,7 +12,7 @@ from megatron.log import number_of
 from megatron.parallel.layout import check_layout
 from megatron.parallel.mesh import grid_sizes
 from megatron.parallel.traffic import Traffic
-from megatron.plan.gpus import gpu_named, peaks_of
+from megatron.plan.gpus import gpu_named, peak_tflops
 from megatron.plan.memory import Memory, peak_memory
 from megatron.plan.messages import step_traffic
 from megatron.plan.rank import Rank
@@ -76,7 +76,7 @@ def best_plans(config: Config, machine: Machine, given: Collection[str]) -> list
     if config.precision.precision == "auto":  # means bf16 on all of these GPUs
         bf16: dict[str, Any] = {"precision": None, "bf16": True}
         config = replace(config, precision=replace(config.precision, **bf16))
-    peaks_of(machine.name, config.precision)
+    peak_tflops(gpu_named(machine.name), config.precision)
     if config.training.global_batch_size is None:
         raise ConfigError("--global-batch-size is missing; layouts are compared by the time of a step of so many rows")
     settled = {part for part, flags in SETTLED_BY.items() if any(flag in given for flag in flags)}
@@ -100,7 +100,7 @@ def best_plans(config: Config, machine: Machine, given: Collection[str]) -> list
 def _fitting(config: Config, machine: Machine, settled: set[str]) -> tuple[list[Plan], Memory | None]:
     """The layouts that fit, and the smallest peak memory of all possible layouts (None if there are none)."""
     plans, least = [], None
-    gpu, peaks = gpu_named(machine.name), peaks_of(machine.name, config.precision)
+    gpu = gpu_named(machine.name)
     for candidate in candidates(config, machine, settled):
         ranks = _extreme_ranks(candidate, machine.num_gpus)
         memory = max((peak_memory(rank) for rank in ranks), key=lambda memory: memory.peak)
@@ -109,7 +109,7 @@ def _fitting(config: Config, machine: Machine, settled: set[str]) -> tuple[list[
         if memory.peak <= machine.memory:
             traffics = [step_traffic(rank) for rank in ranks]
             plans.append(Plan(candidate, ranks[0].sizes, memory, traffics[0],
-                              step_time(ranks, traffics, gpu, peaks, machine.gpus_per_node)))
+                              step_time(ranks, traffics, gpu, machine.gpus_per_node)))
     return plans, least
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from megatron.model.flops import model_flops
 from megatron.parallel.traffic import ALL_REDUCE, EXCHANGE, Traffic
-from megatron.plan.gpus import BANDWIDTH_SHARE, MATRIX_SHARE, Gpu, Peaks
+from megatron.plan.gpus import BANDWIDTH_SHARE, MATRIX_SHARE, Gpu, peak_tflops
 from megatron.plan.muon import muon_flops, muon_traffic
 from megatron.plan.parameters import share_size
 from megatron.plan.rank import Rank
@@ -34,19 +34,19 @@ class StepTime:
     mfu: float  # model FLOPs utilisation: the share of the GPUs' peak that the model's arithmetic uses
 
 
-def step_time(ranks: list[Rank], traffics: list[Traffic], gpu: Gpu, peaks: Peaks, gpus_per_node: int) -> StepTime:
+def step_time(ranks: list[Rank], traffics: list[Traffic], gpu: Gpu, gpus_per_node: int) -> StepTime:
     """The estimate for a layout; `ranks`: those that may be the slowest, `traffics`: what each of them sends."""
     rank = ranks[0]
     pass_s, after_s = (max(values) for values in zip(*(
-        _rank_seconds(*each, gpu, peaks, gpus_per_node) for each in zip(ranks, traffics, strict=True)), strict=True))
+        _rank_seconds(*each, gpu, gpus_per_node) for each in zip(ranks, traffics, strict=True)), strict=True))
     idle = bubble_micro_batches(rank)
     passes_s = (rank.num_micro_batches + idle) * pass_s
     batch = rank.setting.batch
     flops = model_flops(rank.config.model, rank.setting.padded_vocab_size, batch.num_tokens,
                         batch.num_pairs, batch.num_targets)
-    step_s = passes_s + after_s
+    step_s, peak = passes_s + after_s, peak_tflops(gpu, rank.config.precision) * 1e12
     return StepTime(step_s, idle / (rank.num_micro_batches + idle),
-                    flops * rank.num_micro_batches * rank.sizes["data"] / (step_s * rank.num_ranks * peaks.products))
+                    flops * rank.num_micro_batches * rank.sizes["data"] / (step_s * rank.num_ranks * peak))
 
 
 def bubble_micro_batches(rank: Rank) -> float:
@@ -59,31 +59,32 @@ def bubble_micro_batches(rank: Rank) -> float:
     return waiting / 3 if rank.config.parallel.pipeline_schedule == "zero-bubble" else waiting / len(rank.stages)
 
 
-def _rank_seconds(rank: Rank, traffic: Traffic, gpu: Gpu, peaks: Peaks, gpus_per_node: int) -> tuple[float, float]:
+def _rank_seconds(rank: Rank, traffic: Traffic, gpu: Gpu, gpus_per_node: int) -> tuple[float, float]:
     """Seconds of one micro-batch's passes, and seconds after the last pass: optimizer and exposed reductions."""
     seconds = {axis: _message_seconds(traffic, axis, rank, gpu, gpus_per_node) for axis in rank.sizes}
-    compute_s = compute_seconds(rank, gpu, peaks)
+    compute_s = compute_seconds(rank, gpu)
     waits_s = (_TENSOR_EXPOSED * seconds["tensor"] + seconds["context"] + _PIPELINE_EXPOSED * seconds["pipeline"])
     waits_s /= rank.num_micro_batches
     own = share_size(rank.held.trained, rank.shards, rank.shard)
     optimizer_s = _BYTES_A_STEP * own / (gpu.memory_bandwidth * 1e9 * BANDWIDTH_SHARE)
-    optimizer_s += _muon_seconds(rank, gpu, peaks, gpus_per_node)
+    optimizer_s += _muon_seconds(rank, gpu, gpus_per_node)
     return compute_s + waits_s, optimizer_s + _exposed_data(rank, seconds["data"], compute_s)
 
 
-def compute_seconds(rank: Rank, gpu: Gpu, peaks: Peaks) -> float:
+def compute_seconds(rank: Rank, gpu: Gpu) -> float:
     """Seconds of arithmetic and memory traffic of one micro-batch's passes through the rank's stages."""
     in_fp8 = sum(stage.fp8_flops for stage in rank.stages)
-    others_s = (sum(stage.flops for stage in rank.stages) - in_fp8) / (peaks.products * MATRIX_SHARE)
-    return (others_s + (in_fp8 / (peaks.fp8 * MATRIX_SHARE) if in_fp8 else 0.0)
+    others_s = (sum(stage.flops for stage in rank.stages) - in_fp8) / (
+        peak_tflops(gpu, rank.config.precision) * 1e12 * MATRIX_SHARE)
+    return (others_s + (in_fp8 / (gpu.fp8_tflops * 1e12 * MATRIX_SHARE) if in_fp8 else 0.0)
             + sum(stage.moved for stage in rank.stages) / (gpu.memory_bandwidth * 1e9 * BANDWIDTH_SHARE))
 
 
-def _muon_seconds(rank: Rank, gpu: Gpu, peaks: Peaks, gpus_per_node: int) -> float:
+def _muon_seconds(rank: Rank, gpu: Gpu, gpus_per_node: int) -> float:
     """Seconds of Muon: the larger of computing and messages, as one round's matrices are computed during the next's.
     """
     exchanges_s = _seconds_on_links(muon_traffic(rank), _is_inside(rank.holders.size, rank, gpus_per_node), gpu)
-    return max(exchanges_s, muon_flops(rank) / (peaks.half * MATRIX_SHARE))
+    return max(exchanges_s, muon_flops(rank) / (gpu.half_tflops * 1e12 * MATRIX_SHARE))
 
 
 def _message_seconds(traffic: Traffic, axis: str, rank: Rank, gpu: Gpu, gpus_per_node: int) -> float:

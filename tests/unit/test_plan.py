@@ -7,7 +7,7 @@ import pytest
 
 from megatron.config.command_line import parse
 from megatron.parallel.layout import check_layout
-from megatron.plan.gpus import GPUS, peaks_of
+from megatron.plan.gpus import GPUS
 from megatron.plan.messages import step_traffic
 from megatron.plan.rank import Rank
 from megatron.plan.search import Machine, best_plans, layout_flags
@@ -57,8 +57,7 @@ def test_tensor_groups_that_straddle_two_hosts_send_over_the_network():
 
     def step_s(num_ranks, gpus_per_node):
         rank = Rank(config, num_ranks)
-        return step_time([rank], [step_traffic(rank)], GPUS["h100-80gb"], peaks_of("h100-80gb", config.precision),
-                         gpus_per_node).step_s
+        return step_time([rank], [step_traffic(rank)], GPUS["h100-80gb"], gpus_per_node).step_s
 
     assert step_s(24, 8) > step_s(24, 6) and step_s(3, 8) == step_s(3, 3)
 
@@ -75,7 +74,7 @@ def seconds(*flags, gpu="h100-80gb"):
     """Of the passes of four rows of ESM-2 of 3B parameters."""
     config, _ = parse(["--preset", "esm2-3b", "--micro-batch-size", "4", "--global-batch-size", "32", *flags],
                       {"lr": 1e-4, "train_iters": 1})
-    return compute_seconds(Rank(config, 8), GPUS[gpu], peaks_of(gpu, config.precision))
+    return compute_seconds(Rank(config, 8), GPUS[gpu])
 
 
 def test_products_take_the_time_of_their_precision():
