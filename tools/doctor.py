@@ -19,7 +19,6 @@ if sys.version_info < (3, 10):  # noqa: UP036 (who has an older one shall hear o
              "examples/setup.sh run")
 
 from megatron.config.command_line import OneLineParser  # noqa: E402
-from megatron.doctor.finding import Scope  # noqa: E402
 from megatron.doctor.run import examine  # noqa: E402
 from megatron.log import exit_status  # noqa: E402
 
@@ -39,7 +38,7 @@ def main() -> int:
     """The exit status: 0, 1 where something is wrong, 2 for a mistake of the user's, 130 after Ctrl-C."""
     def work() -> int:
         given = parser().parse_args()
-        return examine(Scope(given.save, tuple(given.data_path)), given.json)
+        return examine(given.save, tuple(given.data_path), given.json)
 
     return exit_status(work)
 

@@ -22,14 +22,6 @@ class Finding:
     command: str | None = None
 
 
-@dataclass(frozen=True)
-class Scope:
-    """What to examine: the folder where a run would save, and its data, () for none."""
-
-    save: Path
-    data_path: tuple[str, ...] = ()
-
-
 def found(*checks: Iterable[Finding]) -> list[Finding]:
     """The findings of checks, which do their work in being iterated; an error of the system in one becomes a NOTE."""
     findings: list[Finding] = []

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from megatron.doctor.disk import disk
-from megatron.doctor.finding import NOTE, WRONG, Finding, Scope, found, lines
+from megatron.doctor.finding import NOTE, WRONG, Finding, found, lines
 from megatron.doctor.machine import environment, limits, memory, processor
 from megatron.doctor.software import compiled_helpers, compiler, python_and_packages, torch_loads
 from megatron.errors import LaunchError, OutputError
@@ -18,24 +18,25 @@ Report = dict[str, list[Finding]]
 PACKAGES = "Python and packages"
 
 
-def examine(asked: Scope, json_file: Path | None) -> int:
+def examine(save: Path, data_path: tuple[str, ...], json_file: Path | None) -> int:
     """Run all checks; rank 0 prints the findings and writes them to `json_file`.
 
-    Returns the exit status: 1 if something is WRONG, else 0.
+    `save`, `data_path`: the folder where a run would save, and its data, () for none. Returns the exit status: 1 if
+    something is WRONG, else 0.
     """
     report: Report = {PACKAGES: found(python_and_packages(), torch_loads())}
     if _is_wrong(report):  # without the packages the rest of the project cannot be imported
-        report |= _without_packages(asked)
+        report |= _without_packages(save)
         report[PACKAGES].append(Finding(NOTE, "the rest needs these packages: run this again when they are there",
                                         "bash examples/setup.sh run"))
         with suppress(LaunchError):
             if not launched().speaks_for_host():
                 return 1
         return _tell(report, json_file)
-    return _examine_with_ranks(asked, json_file, report)
+    return _examine_with_ranks(save, data_path, json_file, report)
 
 
-def _examine_with_ranks(asked: Scope, json_file: Path | None, report: Report) -> int:
+def _examine_with_ranks(save: Path, data_path: tuple[str, ...], json_file: Path | None, report: Report) -> int:
     """Run the checks that need the packages, on all ranks of a job; `report`: of the packages. Returns the exit status.
     """
     from megatron.config import ParallelConfig
@@ -51,11 +52,11 @@ def _examine_with_ranks(asked: Scope, json_file: Path | None, report: Report) ->
         # Only one rank of each host examines it, so that ranks do not slow each other down.
         host, is_first = socket.gethostname(), mesh.world.rank == 0
         hosts = all_gather_object(host, mesh.world)
-        own = report | _here(asked) if hosts.index(host) == mesh.world.rank else {}
+        own = report | _here(save, data_path) if hosts.index(host) == mesh.world.rank else {}
         reports = all_gather_object(own, mesh.world)
         whole = _together(hosts, reports)
         if mesh.world.size > 1:
-            whole["The job"] = job(asked.data_path, mesh)
+            whole["The job"] = job(data_path, mesh)
         outcome.append(_tell(whole, json_file) if is_first else int(_is_wrong(whole)))
 
     def prepare(launch: Launch) -> tuple:
@@ -64,19 +65,19 @@ def _examine_with_ranks(asked: Scope, json_file: Path | None, report: Report) ->
     return status_of(prepare) or outcome[0]
 
 
-def _here(asked: Scope) -> Report:
+def _here(save: Path, data_path: tuple[str, ...]) -> Report:
     """The report on this host, where the packages are installed."""
     from megatron.doctor.computing import gpus, presets, speed
     from megatron.doctor.data import data
-    report = {"Compiled helpers": found(compiled_helpers()), **_without_packages(asked), "GPUs": found(gpus()),
-              "Data": found(data(asked.data_path)), "Speed": found(speed()), "What fits": found(presets())}
+    report = {"Compiled helpers": found(compiled_helpers()), **_without_packages(save), "GPUs": found(gpus()),
+              "Data": found(data(data_path)), "Speed": found(speed()), "What fits": found(presets())}
     return {title: findings for title, findings in report.items() if findings}
 
 
-def _without_packages(asked: Scope) -> Report:
+def _without_packages(save: Path) -> Report:
     """The part of the report that needs no packages."""
     return {"Compiler and processor": found(compiler(), processor(), memory(), limits()),
-            "Environment": found(environment()), "Disk": found(disk(asked.save))}
+            "Environment": found(environment()), "Disk": found(disk(save))}
 
 
 def _together(hosts: list[str], reports: list[Report]) -> Report:

@@ -219,7 +219,7 @@ def door():
 
 @pytest.mark.parametrize(("level", "status"), [(OK, 0), (NOTE, 0), (WRONG, 1)])
 def test_the_exit_status_tells_whether_anything_is_wrong(tmp_path, monkeypatch, capsys, level, status):
-    monkeypatch.setattr(run, "_here", lambda asked: {"Weather": [Finding(level, "rain", "umbrella --open")]})
+    monkeypatch.setattr(run, "_here", lambda *_: {"Weather": [Finding(level, "rain", "umbrella --open")]})
     monkeypatch.setattr(sys, "argv", ["doctor.py", "--json", str(tmp_path / "found.json")])
     assert door().main() == status
     assert list(lines([Finding(level, "rain", "umbrella --open")]))[1] in capsys.readouterr().out.splitlines()
@@ -228,7 +228,7 @@ def test_the_exit_status_tells_whether_anything_is_wrong(tmp_path, monkeypatch, 
 
 
 def test_a_file_of_findings_that_cannot_be_written_is_a_users_mistake(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(run, "_here", lambda asked: {})
+    monkeypatch.setattr(run, "_here", lambda *_: {})
     monkeypatch.setattr(sys, "argv", ["doctor.py", "--json", str(tmp_path / "no" / "found.json")])
     assert door().main() == 2 and "--json" in capsys.readouterr().err
 
