@@ -83,10 +83,11 @@ class Setting:
         """The same setting with another number of rows."""
         return self._with(num_rows=num_rows)
 
-    @property
+    @cached_property
     def batch(self) -> Batch:
         """A typical micro-batch, with this context rank's share of its tokens."""
-        return _batch(self.data, self.num_rows, self.stream(Mesh(tensor=self.tensor, context=self.context)))
+        stream = self.stream(Mesh(tensor=self.tensor, context=self.context))
+        return typical_batch(self.data, self.num_rows, stream.token_multiple, self.context.rank, self.context.size)
 
     def build(self, part: "BlockRange", mesh: Mesh, ends: Axis = ONE_RANK_AXIS) -> ProteinModel:
         """A part of the model as a pipeline stage on `meta`, with its copies for products and FP8 scales."""
@@ -124,8 +125,3 @@ class BlockRange(NamedTuple):
     def stage(self) -> Stage:
         """A pipeline stage that consists of this part, in a model of as few stages as possible."""
         return Stage(0 if self.is_first else 1, 3 - self.is_first - self.is_last, self.blocks)
-
-
-@cache
-def _batch(data: DataConfig, num_rows: int, stream: Stream) -> Batch:
-    return typical_batch(data, num_rows, stream.token_multiple, stream.context.rank, stream.context.size)
