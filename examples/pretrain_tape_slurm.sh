@@ -20,9 +20,10 @@
 # names the machines that cannot run the program or do not answer.
 #
 # Five minutes before the time limit, the tasks save and stop, and the job is queued again under its number and resumes,
-# as often as it takes. A job in which a task or a machine has failed is queued again too, if it has saved since it
-# started; one that exits with status 2, 3 or 4 (docs/runs.md) is not. To stop a job for good, with a save:
-# scancel --signal=TERM JOB. A plain scancel asks it to stop as well, but kills it after KillWait, usually 30 seconds.
+# as often as it takes. A job in which a task or a machine has failed is queued again too. A job that has saved nothing
+# since it started is not queued again: it says so, and exits with a status other than 0. Nor is one that exits with
+# status 2, 3 or 4 (docs/runs.md). To stop a job for good, with a save: scancel --signal=TERM JOB. A plain scancel asks
+# it to stop as well, but kills it after KillWait, usually 30 seconds.
 #
 #     MASTER_ADDR, MASTER_PORT   where the tasks meet (default: the first machine; a port derived from the job's number)
 #
@@ -40,6 +41,15 @@ set -euo pipefail
 # SLURM runs a copy of this script, in another folder.
 examples=${SLURM_SUBMIT_DIR:+$SLURM_SUBMIT_DIR/examples}
 run_suffix=-slurm
+
+# not_queued WHY REMEDY: says that this job is not queued again.
+not_queued() {
+    echo "error: $1: job ${SLURM_JOB_ID-} is not queued again, as it has saved nothing since it started; $2" >&2
+}
+
+time_is_up="the time is up" more_time="allow more --time, then submit it again"
+# shellcheck disable=SC2034  # starting.sh reads it
+asked_early="not_queued '$time_is_up' '$more_time'; exit 1"
 numbers=(MASTER_PORT:1:65535 SLURM_NTASKS_PER_NODE:1:9999)
 source "${examples:-$(dirname "${BASH_SOURCE[0]}")}/pretraining.sh"
 share_cores "${SLURM_NTASKS_PER_NODE:-1}"
@@ -79,11 +89,19 @@ rm -f "$EXIT_STATUS_FILE"
 run_until_asked USR1 srun --kill-on-bad-exit=1 "$python" "$root/pretrain_tape.py" "${flags[@]}" "$@" || status=$?
 if [ -s "$EXIT_STATUS_FILE" ]; then status=$(cat "$EXIT_STATUS_FILE"); fi
 rm -f "$EXIT_STATUS_FILE"
-why=''
-if [ "$asked" = USR1 ] && [ "$status" -eq 0 ]; then why="the time is up"; fi
-if [ -z "$asked" ] && { [ "$status" -eq 1 ] || [ "$status" -gt 128 ]; }; then why="a task has failed"; fi
+why='' remedy="see the messages above, then submit it again"
+if [ -z "$asked" ] || [ "$asked" = USR1 ]; then
+    if [ "$status" -eq 1 ] || [ "$status" -gt 128 ]; then
+        why="a task has failed"
+    elif [ -n "$asked" ] && [ "$status" -eq 0 ]; then
+        why=$time_is_up remedy=$more_time
+    fi
+fi
 if [ -n "$why" ] && [ "$(saved)" != "$before" ]; then
     echo "$why: job $SLURM_JOB_ID is queued again, and resumes from its last checkpoint"
     scontrol requeue "$SLURM_JOB_ID"
+elif [ -n "$why" ]; then
+    not_queued "$why" "$remedy"
+    if [ "$status" -eq 0 ]; then status=1; fi  # else jobs that depend on this one would start
 fi
 exit "$status"

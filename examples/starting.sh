@@ -3,6 +3,7 @@
 #
 #     numbers       variables that must be whole numbers if they are set, each with its minimum and maximum; a maximum
 #                   may be an expression of variables checked before it: (NNODES:1:99 NODE_RANK:0:"${NNODES-1}-1")
+#     asked_early   the commands that USR1 runs before the training has started, in place of `exit 0`
 # shellcheck shell=bash disable=SC2034,SC2154  # setup.sh sets variables; the sourcing script reads them
 
 # check_numbers NAME:LEAST:MOST…: refuses a variable that is set to anything but a whole number from LEAST to MOST.
@@ -52,7 +53,9 @@ run_until_asked() {
 }
 
 # A request to stop before the training has started ends the script with success: there is nothing to save.
-trap 'exit 0' TERM INT HUP USR1
+trap 'exit 0' TERM INT HUP
+# shellcheck disable=SC2064  # the commands are known already
+trap "${asked_early:-exit 0}" USR1
 check_numbers OMP_NUM_THREADS:1:9999 ${numbers[@]+"${numbers[@]}"}
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" run
 

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 BUILT = ("docs/_build", "docs/generated")
 # Flags of other programs that the pages name: docker, apptainer, sbatch and srun, scancel, torchrun, Megatron-LM.
-FOREIGN = set("--build-arg --ipc --nv --rm --user --nodes --ntasks-per-node --partition --requeue --signal "
+FOREIGN = set("--build-arg --ipc --nv --rm --user --nodes --ntasks-per-node --partition --requeue --signal --time "
               "--nproc-per-node --max-restarts --spec".split())
 FLAG = re.compile(r"(?<![\w-])--[a-zA-Z][\w-]*")
 

@@ -147,6 +147,45 @@ def test_a_job_whose_time_is_up_saves_and_is_queued_again_and_one_that_is_stoppe
     assert ("the time is up: job 17 is queued again" in output) == bool(expected)
 
 
+# Takes 2 seconds, unless it is asked to stop; notes that it has started, and saves first where SAVED is a file.
+ASKED_SRUN = """#!/usr/bin/env bash
+trap 'exit "${STATUS:-0}"' USR1
+if [ -n "${SAVED-}" ]; then mkdir -p "${SAVED%/*}"; echo 3 >"$SAVED"; fi
+touch "$REQUEUED.asked"
+for i in {1..40}; do sleep 0.05; done
+"""
+
+
+def asked_when_started(process, tmp_path):
+    """What a job prints whose time is up as soon as its srun has started."""
+    while not (tmp_path / "requeued.asked").exists():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+    process.send_signal(signal.SIGUSR1)
+    return process.communicate()[0]
+
+
+@pytest.mark.parametrize("environment", [
+    {}, {"SLURM_JOB_NODELIST": "both"}], ids=["before the first step", "while the machines are checked"])
+def test_a_job_whose_time_is_up_before_it_has_saved_fails_and_says_that_it_is_not_queued_again(start_job, tmp_path,
+                                                                                             environment):
+    (tmp_path / "bin" / "srun").write_text(ASKED_SRUN)
+    process = start_job(**environment)
+    output = asked_when_started(process, tmp_path)
+    assert process.returncode == 1, output
+    assert output.endswith("error: the time is up: job 17 is not queued again, as it has saved nothing since it "
+                           "started; allow more --time, then submit it again\n")
+    assert queued_again(tmp_path) == []
+
+
+def test_a_job_whose_task_fails_while_it_stops_is_queued_again_if_it_has_saved(start_job, tmp_path):
+    (tmp_path / "bin" / "srun").write_text(ASKED_SRUN)
+    process = start_job(STATUS="1", SAVED=str(tmp_path / "run" / "latest_checkpointed_iteration.txt"))
+    output = asked_when_started(process, tmp_path)
+    assert process.returncode == 1 and "a task has failed: job 17 is queued again" in output, output
+    assert queued_again(tmp_path) == ["17"]
+
+
 @pytest.mark.parametrize(("fault", "expected"), [
     ("dead@5", ["17"]), pytest.param("dead@2", [], marks=pytest.mark.table)])
 def test_a_job_that_fails_is_queued_again_only_where_it_has_come_further(start_job, tmp_path, fault, expected):
@@ -154,6 +193,7 @@ def test_a_job_that_fails_is_queued_again_only_where_it_has_come_further(start_j
     output = process.communicate()[0]
     assert process.returncode == 128 + signal.SIGKILL, output
     assert queued_again(tmp_path) == expected
+    assert ("error: a task has failed: job 17 is not queued again" in output) != bool(expected)
 
 
 @pytest.mark.table
