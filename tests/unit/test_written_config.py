@@ -116,6 +116,13 @@ def test_a_run_that_goes_on_keeps_its_earlier_configurations(tmp_path):
     assert changes[1:] == [["--lr", "0.0005", "(before:", "0.001)"]]
 
 
+def test_a_second_start_with_a_flag_that_has_no_effect_records_no_change(tmp_path):
+    for iteration in (0, 100):
+        kept(tmp_path, iteration, "--max-position-embeddings", "256")  # the preset's positions are rotary
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.toml", "config_changes.txt"]
+    assert "--max-position-embeddings" not in (tmp_path / "config_changes.txt").read_text()
+
+
 def test_what_a_checkpoint_says_of_what_follows_is_no_other_configuration():
     flags = "--hidden-size 64 --num-attention-heads 4 --lr 1 --batch-size 1 --train-iters 9 --seq-length 8".split()
     first = resolve(flags)

@@ -30,6 +30,14 @@ def as_toml(plain: Config, filled: Config, origin: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def written(plain: Config, filled: Config) -> dict[str, Any]:
+    """The values by field name that the text of `as_toml` sets; the defaults of what is commented out in it."""
+    return {item.name: getattr(section, item.name) if getattr(section, item.name) == getattr(resolved, item.name)
+            else item.default
+            for (_, section), (_, resolved) in zip(plain.sections(), filled.sections(), strict=True)
+            for item in fields(section)}
+
+
 def unwritable(config: Config) -> list[str]:
     """The flags whose values cannot be written to a file: paths that are not valid Unicode."""
     return [flag_name(item) for _, section in config.sections() for item in fields(section)

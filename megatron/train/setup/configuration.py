@@ -14,7 +14,7 @@ from megatron.config import Config
 from megatron.config.command_line import Resolved
 from megatron.config.presets import PRESETS
 from megatron.config.reading.files import read_file
-from megatron.config.telling.as_toml import as_toml, changes, unwritable
+from megatron.config.telling.as_toml import as_toml, changes, unwritable, written
 from megatron.errors import ConfigError, OutputError
 from megatron.files import write_text
 
@@ -47,7 +47,7 @@ def keep_configuration(resolved: Resolved, iteration: int) -> None:
     Only the process that holds the claim on the folder calls this.
     """
     folder = Path(resolved.config.checkpoint.save)
-    path, now = folder / CONFIG_FILE, resolved.plain.as_dict()
+    path, now = folder / CONFIG_FILE, written(resolved.plain, resolved.config)
     try:
         if not path.exists():
             rows = [f"from iteration {iteration} on: {resolved.origin}",
