@@ -1,8 +1,9 @@
-"""Writes files and folders atomically: they appear under their final name when complete and synced; file locks."""
+"""Writes files and folders atomically: they appear under their final name when complete and synced; locks."""
 
 import fcntl
 import hashlib
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -14,6 +15,8 @@ from errno import EACCES, EAGAIN, EDQUOT, EFBIG, ENOSPC, EWOULDBLOCK
 from itertools import takewhile
 from pathlib import Path
 from typing import IO, Any
+
+from megatron.errors import ConfigError
 
 LONGEST_WAIT_S = 60.0
 NO_ROOM = frozenset({ENOSPC, EDQUOT, EFBIG})  # how a full disk, a quota and a limit of files refuse to take more
@@ -158,6 +161,19 @@ def locked(path: Path, longest_work_s: float = 0.0) -> Iterator[None]:
             with suppress(OSError):  # explicitly, since a forked child may keep the file open
                 fcntl.flock(descriptor, fcntl.LOCK_UN)
             os.close(descriptor)
+
+
+def check_shared_memory(num_locks: int, flag: str, without: str) -> None:
+    """Raises ConfigError if /dev/shm has no room for so many locks of worker processes.
+
+    `flag`: the one that asks for the workers, with its value; `without`: the one that does without them.
+    """
+    make_lock = multiprocessing.get_context("fork").Lock
+    try:
+        _ = [make_lock() for _ in range(num_locks)]  # at once, as each frees its room when it goes
+    except OSError as error:
+        raise ConfigError(f"{flag}: /dev/shm refuses the locks of the worker processes ({error.strerror}); make room "
+                          f"there, or give {without}") from None
 
 
 def sha256(path: str | Path) -> str:

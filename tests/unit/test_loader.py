@@ -1,13 +1,16 @@
 """Micro-batches hold the same samples for every number of ranks and workers and after every restart."""
 
 import atexit
+import errno
 import itertools
 import multiprocessing
 import os
 import signal
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from multiprocessing.synchronize import SemLock
 
 import numpy as np
 import pytest
@@ -18,7 +21,7 @@ from megatron.data.batches.batch import batch_shape
 from megatron.data.batches.loader import batches, micro_batch_samples
 from megatron.data.corpus.vocab import Vocab
 from megatron.data.rows.dataset import Dataset, Splits, build_datasets
-from megatron.errors import DataError
+from megatron.errors import ConfigError, DataError
 from tests.indexed_files import write_indexed
 
 VOCAB = Vocab.from_file()
@@ -128,6 +131,24 @@ def test_a_mistake_in_the_data_reaches_the_trainer_as_it_is(tmp_path, monkeypatc
     data = DataConfig(data_path=(str(tmp_path / "a"),), seq_length=64, split="1", mmap_warmup=True)
     with pytest.raises(DataError, match="^[^\n]*document 20 holds ids 99 to 99[^\n]*$"):
         take(build_datasets(data, VOCAB, 1).train, 40, num_workers=2)
+
+
+def test_a_full_shared_memory_is_told_before_a_worker_starts(train, monkeypatch):
+    make, live, room = SemLock.__init__, weakref.WeakSet(), 14  # what two workers need
+
+    def make_if_room(lock, *args, **options):
+        if len(live) == room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        make(lock, *args, **options)
+        live.add(lock)
+
+    monkeypatch.setattr(SemLock, "__init__", make_if_room)
+    assert len(take(train, 3, num_workers=2)) == 3
+    room = 13
+    with pytest.raises(ConfigError, match=r"--num-workers 2: /dev/shm refuses the locks of the worker processes \(No "
+                                          r"space left on device\); make room there, or give --num-workers 0$"):
+        take(train, 3, num_workers=2)
+    assert multiprocessing.active_children() == []
 
 
 def test_workers_leave_signals_to_the_trainer(train):

@@ -1,5 +1,6 @@
 """Mistakes in preprocessing give one clear line, status 2 and no partial files; doubtful input gives warnings."""
 
+import errno
 import json
 import os
 import resource
@@ -184,6 +185,17 @@ def test_a_path_that_is_no_utf_8_is_read_and_written_and_named(tmp_path):
 def test_wrong_flags_are_one_clear_line(arguments, expected):
     with pytest.raises(ValueError, match=expected):
         parse_arguments(arguments.split())
+
+
+def test_a_full_shared_memory_is_not_blamed_on_the_output(tmp_path, monkeypatch):
+    def refuse(*args, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("multiprocessing.synchronize.SemLock.__init__", refuse)
+    write_json(tmp_path / "in.json", ["MK"])
+    with pytest.raises(ConfigError, match="^--workers 2: /dev/shm refuses the locks .* or give --workers 1$"):
+        preprocess(PreprocessConfig(input=(str(tmp_path / "in.json"),), output_prefix=str(tmp_path / "out"), workers=2))
+    assert os.listdir(tmp_path) == ["in.json"]
 
 
 def test_a_mistake_ends_the_tool_with_status_2_and_no_traceback(tmp_path):

@@ -17,6 +17,7 @@ from megatron.data.batches.batch import Batch, BatchShape, collate
 from megatron.data.batches.order import Windows, sample_at
 from megatron.data.rows.dataset import Dataset
 from megatron.errors import ConfigError, DataError
+from megatron.files import check_shared_memory
 from megatron.parallel.randomness import dropout_seed
 
 BATCHES_AHEAD = 4  # for each worker
@@ -57,6 +58,8 @@ class BatchIterator(Iterator[Batch]):
     def __init__(self, dataset: "_Batches", samples: Iterator[range], num_workers: int, pin: bool) -> None:
         options: dict[str, Any] = {}
         if num_workers:
+            # Checked before torch makes them, as it leaves workers behind when a lock fails: 3 a worker, and 8 more.
+            check_shared_memory(8 + 3 * num_workers, f"--num-workers {num_workers}", "--num-workers 0")
             # Forked explicitly, since it is not the default in Python 3.14: workers must inherit the signal mask below.
             options = {"prefetch_factor": BATCHES_AHEAD, "worker_init_fn": _build_ahead,
                        "multiprocessing_context": "fork"}

@@ -13,14 +13,16 @@ from typing import TypeVar
 from megatron.data.preprocess.encode import EncodedDocuments, Encoding, encode_block
 from megatron.data.sources.block import RecordBlock
 from megatron.errors import DataError
+from megatron.files import check_shared_memory
 
 _BLOCKS_AHEAD_PER_WORKER = 2
+_LOCKS_OF_POOL = 8  # with room to spare: its two queues need 5
 _Mark = TypeVar("_Mark")
 
 
 def encoded_blocks(encoding: Encoding, blocks: Iterator[tuple[_Mark, RecordBlock]],
                    num_workers: int) -> Iterator[tuple[_Mark, list[EncodedDocuments]]]:
-    """Each block's mark and its documents under each key, in the order of the blocks; raises DataError.
+    """Each block's mark and its documents under each key, in the order of the blocks; raises ConfigError or DataError.
 
     `blocks`: each with a mark, any value that is passed through.
     """
@@ -28,6 +30,7 @@ def encoded_blocks(encoding: Encoding, blocks: Iterator[tuple[_Mark, RecordBlock
         for mark, block in blocks:
             yield mark, encode_block(encoding, block)
         return
+    check_shared_memory(_LOCKS_OF_POOL, f"--workers {num_workers}", "--workers 1")
     pool = ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
     pending: deque[tuple[_Mark, Future[list[EncodedDocuments]]]] = deque()
     try:
