@@ -21,7 +21,7 @@ from megatron.config.command_line import Resolved, left_open, resolve
 from megatron.config.telling.idle import notes
 from megatron.config.telling.listing import listing, notice
 from megatron.errors import ConfigError, UserError
-from megatron.log import Log, take_any_text
+from megatron.log import Log, hush_matplotlib, take_any_text
 from megatron.parallel.launch.environment import Launch, check_launch, launched
 from megatron.parallel.launch.failure import interrupted, refused, report
 from megatron.parallel.launch.leaving import leave
@@ -37,6 +37,7 @@ from megatron.train.stop import StopRequests, interruption
 def main(argv: Sequence[str]) -> int:
     """Run the program on `argv`; returns the exit status."""
     take_any_text()
+    hush_matplotlib()
     launch = Launch()
     try:
         launch = launched()

@@ -1,6 +1,7 @@
 """Output on the terminal: lines from one rank, progress bars, readable times and counts, and exit statuses."""
 
 import io
+import logging
 import sys
 import time
 from collections.abc import Callable
@@ -22,6 +23,14 @@ def take_any_text() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def hush_matplotlib() -> None:
+    """Make matplotlib, where a program imports it later, keep its notes on folders and fonts to itself.
+
+    Where HOME cannot be written, it says at length that it takes a temporary folder: that needs nothing of the user.
+    """
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
+
+
 def exit_status(work: Callable[[], int | None]) -> int:
     """The exit status of a command-line program whose work is `work`.
 
@@ -29,6 +38,7 @@ def exit_status(work: Callable[[], int | None]) -> int:
     print one line on standard error.
     """
     take_any_text()
+    hush_matplotlib()
     try:
         return work() or 0
     except KeyboardInterrupt:

@@ -7,7 +7,7 @@ from functools import partial
 from megatron.config import ParallelConfig
 from megatron.errors import OutputError, UserError
 from megatron.files import NO_ROOM
-from megatron.log import STOPPED, Log, take_any_text
+from megatron.log import STOPPED, Log, hush_matplotlib, take_any_text
 from megatron.parallel.launch.environment import Launch, check_launch, launched
 from megatron.parallel.launch.failure import refused, report
 from megatron.parallel.mesh import Mesh, open_mesh
@@ -22,6 +22,7 @@ def status_of(prepare: Callable[[Launch], tuple[ParallelConfig, Callable[[Mesh, 
     with one line after Ctrl-C.
     """
     take_any_text()
+    hush_matplotlib()
     launch = Launch()
     try:
         launch = launched()

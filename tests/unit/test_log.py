@@ -57,6 +57,14 @@ def test_streams_that_are_no_text_files_are_left_alone(monkeypatch):
     print(NAME)
 
 
+def test_where_home_cannot_be_written_matplotlib_says_nothing():
+    drawn = "from megatron.log import exit_status; exit_status(lambda: print(__import__('matplotlib').get_cachedir()))"
+    environment = {name: value for name, value in os.environ.items() if name not in (
+        "MPLCONFIGDIR", "XDG_CONFIG_HOME", "XDG_CACHE_HOME")} | {"HOME": os.devnull, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", drawn], text=True, capture_output=True, env=environment)
+    assert (done.returncode, done.stderr) == (0, "") and "matplotlib-" in done.stdout
+
+
 def test_without_a_terminal_lines_tell_how_far_work_is(monkeypatch, capsys):
     clock = iter([0.0, 4.0, 12.0, 13.0, 31.0])
     monkeypatch.setattr(log.time, "monotonic", lambda: next(clock))
