@@ -176,6 +176,15 @@ def check_shared_memory(num_locks: int, flag: str, without: str) -> None:
                           f"there, or give {without}") from None
 
 
+def refusal(error: OSError) -> str:
+    """What the system refused, why, and what to do, if the error names a file; else its own text."""
+    if error.filename is None:
+        return str(error)
+    if error.errno in NO_ROOM:
+        return f"{error.filename}: cannot be written ({error.strerror}); make room, and run the same command again"
+    return f"{error.filename}: cannot be used ({error.strerror}); give another path, or make this one usable"
+
+
 def sha256(path: str | Path) -> str:
     """The SHA-256 of a file's contents, in hexadecimal."""
     digest = hashlib.sha256()

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from megatron.errors import UserError
+from megatron.files import refusal
 
 STOPPED = "stopped by Ctrl-C"
 LINE_EVERY_S = 10.0  # between progress lines, if there is no terminal for a bar
@@ -45,7 +46,7 @@ def exit_status(work: Callable[[], int | None]) -> int:
         print(STOPPED, file=sys.stderr)
         return 130
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {refusal(error) if isinstance(error, OSError) else error}", file=sys.stderr)
         return error.exit_status if isinstance(error, UserError) else 2
 
 

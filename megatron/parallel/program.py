@@ -6,7 +6,7 @@ from functools import partial
 
 from megatron.config import ParallelConfig
 from megatron.errors import OutputError, UserError
-from megatron.files import NO_ROOM
+from megatron.files import refusal
 from megatron.log import STOPPED, Log, hush_matplotlib, take_any_text
 from megatron.parallel.launch.environment import Launch, check_launch, launched
 from megatron.parallel.launch.failure import refused, report
@@ -39,13 +39,6 @@ def status_of(prepare: Callable[[Launch], tuple[ParallelConfig, Callable[[Mesh, 
         return 130
     except Exception as error:
         if isinstance(error, OSError) and error.filename is not None:
-            return report(OutputError(_in_words(error)), launch)
+            return report(OutputError(refusal(error)), launch)
         return report(error, launch)
     return 0
-
-
-def _in_words(error: OSError) -> str:
-    """What a file was refused for, and what to do where there is no room for it."""
-    if error.errno not in NO_ROOM:
-        return str(error)
-    return f"{error.filename}: cannot be written ({error.strerror}); make room, and run the same command again"

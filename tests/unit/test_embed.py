@@ -212,6 +212,13 @@ def test_a_refused_file_of_a_folder_leaves_no_view_of_its_buffer(tmp_path, monke
     assert error.tb is not None
 
 
+def test_where_the_output_cannot_be_written_the_refusal_names_it(pretrained, fasta, tmp_path):
+    (tmp_path / "file").touch()
+    output = tmp_path / "file" / "out.npz"
+    with pytest.raises(OutputError, match=f"^{output} cannot be written .{output}.parts: Not a directory.; give"):
+        made(pretrained, fasta, output)
+
+
 def test_another_key_of_the_sequence_or_the_name_is_other_work(pretrained, tmp_path):
     (tmp_path / "in.csv").write_text("id,name,text,other\n1,x,MKV,ACD\n2,y,ACD,MKV\n")
     output, vocab = tmp_path / "out.npz", Vocab.from_file("esm")

@@ -1,9 +1,10 @@
 """How a rank learns its place from the variables that launchers set, and where ranks meet."""
 
+import os
 import socket
 import threading
 from datetime import timedelta
-from errno import ENOSPC
+from errno import EACCES, ENOSPC
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch.distributed as dist
 
 from megatron.config import ParallelConfig
 from megatron.errors import LaunchError
+from megatron.log import exit_status
 from megatron.parallel.launch import hosts as hosts_module
 from megatron.parallel.launch.agent import listens, prepared
 from megatron.parallel.launch.environment import Launch, check_launch, launched
@@ -279,10 +281,12 @@ def test_what_a_program_may_not_read_at_its_start_is_one_line(capsys):
     assert capsys.readouterr().err == "error: [Errno 13] Permission denied: 'theirs/run'\n"
 
 
-def test_a_file_for_which_there_is_no_room_is_one_line_that_says_what_to_do(capsys):
-    def work(mesh, log):
-        raise OSError(ENOSPC, "No space left on device", "my/file")
+@pytest.mark.parametrize(("number", "said"), [
+    (ENOSPC, "my/file: cannot be written (No space left on device); make room, and run the same command again"),
+    (EACCES, "my/file: cannot be used (Permission denied); give another path, or make this one usable")])
+def test_a_file_that_the_system_refuses_is_one_line_that_says_what_to_do(capsys, number, said):
+    def work(*arguments):
+        raise OSError(number, os.strerror(number), "my/file")
 
-    assert status_of(lambda launch: (ParallelConfig(), work)) == 2
-    assert capsys.readouterr().err == (
-        "error: my/file: cannot be written (No space left on device); make room, and run the same command again\n")
+    assert status_of(lambda launch: (ParallelConfig(), work)) == exit_status(work) == 2
+    assert capsys.readouterr().err == 2 * f"error: {said}\n"

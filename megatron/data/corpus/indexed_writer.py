@@ -41,7 +41,8 @@ class IndexedWriter:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise DataError(f"{self.folder}: cannot make this folder for the output ({error.strerror})") from None
+            raise DataError(f"{self.folder}: cannot make this folder for the output ({error.strerror}); choose another "
+                            "--output-prefix, in a folder that can be written") from None
         self._lock = _take_lock(self.folder)
         if resume_at is None:  # else an earlier run could resume from what is written now
             (self.folder / PROGRESS_FILE).unlink(missing_ok=True)

@@ -71,12 +71,13 @@ def embed(work: Work, pretrained: Pretrained, files: ProteinFiles, log: Log) -> 
     ranges = surveyed.parts(4 * numbers, most_residues, MOST_BYTES)
     parts = Parts(folder, ranges, surveyed.lengths_u, work.asked)
     if mesh.world.rank == 0:
-        parts.begin({**identity, "residues a part": most_residues})
-    with _saying_what_is_kept(folder):
+        with _saying_what_is_kept(work.output, folder):
+            parts.begin({**identity, "residues a part": most_residues})
+    with _saying_what_is_kept(work.output, folder):
         _compute(work, pretrained, files, surveyed, parts, log)
     all_gather_object(None, mesh.world)
     if mesh.world.rank == 0:
-        with _saying_what_is_kept(folder):
+        with _saying_what_is_kept(work.output, folder):
             _assemble(work, files, surveyed, parts, log)
         write_json(facts, {"identity": identity, "proteins": len(surveyed.distinct_p),
                            "distinct": len(surveyed.lengths_u)})
@@ -161,15 +162,19 @@ def _assemble(work: Work, files: ProteinFiles, surveyed: Survey, parts: Parts, l
 
 
 @contextmanager
-def _saying_what_is_kept(parts: Path) -> Iterator[None]:
-    """Turns an OSError for a full disk into an OutputError that says that all finished parts are kept."""
+def _saying_what_is_kept(output: Path, parts: Path) -> Iterator[None]:
+    """Turns an OSError for a file into an OutputError: if there is no room, it says that all finished parts are kept.
+    """
     try:
         yield
     except OSError as error:
-        if error.errno not in NO_ROOM:
+        if error.errno in NO_ROOM:
+            raise OutputError(f"{error.filename or parts}: cannot be written ({error.strerror}); make room, and the "
+                              f"same command goes on with what is in {parts}") from None
+        if error.filename is None:
             raise
-        raise OutputError(f"{error.filename or parts}: cannot be written ({error.strerror}); make room, and the same "
-                          f"command goes on with what is in {parts}") from None
+        raise OutputError(f"{output} cannot be written ({error.filename}: {error.strerror}); give another output, or "
+                          "make its folder writable") from None
 
 
 def _check_room(output: Path, surveyed: Survey, parts: Path) -> None:
