@@ -24,7 +24,7 @@ from megatron.files import leaving_no_empty  # noqa: E402
 from megatron.finetune.flags import Flags, parse_flags  # noqa: E402
 from megatron.finetune.predictions.files import predict  # noqa: E402
 from megatron.finetune.run import HEADS, run  # noqa: E402
-from megatron.infer.door import add_skipping_flag, add_timeout_flag, parallel_of  # noqa: E402
+from megatron.infer.door import add_layout_flags, add_skipping_flag, parallel_of  # noqa: E402
 from megatron.infer.pretrained import PRECISIONS  # noqa: E402
 from megatron.log import Log  # noqa: E402
 from megatron.parallel.launch.environment import Launch  # noqa: E402
@@ -47,7 +47,7 @@ def prepare(argv: list[str], launch: Launch) -> tuple[ParallelConfig, Callable[[
     """The layout that is asked for and what is to be done in it; raises ConfigError."""
     if argv[:1] == [PREDICT]:
         given = predict_parser().parse_args(argv[1:])
-        return parallel_of(given), partial(foretell, given)
+        return parallel_of(given, launch), partial(foretell, given)
     flags = parse_flags(argv, __doc__ or "")
     saved = saved_flags(flags.others["load"])
     config = flags.config(saved, 1)
@@ -84,7 +84,7 @@ def predict_parser() -> argparse.ArgumentParser:
     flags.add_argument("--precision", choices=PRECISIONS, default="fp32",
                        help="precision of the computation (default: fp32)")
     add_skipping_flag(flags)
-    add_timeout_flag(flags)
+    add_layout_flags(flags)
     return flags
 
 

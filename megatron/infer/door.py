@@ -20,16 +20,14 @@ from megatron.parallel.program import status_of
 
 
 def add_model_flags(flags: argparse.ArgumentParser) -> None:
-    """Add the flags for precision, tensor parallelism and row size."""
+    """Add the flags for precision, row size and layout."""
     group = flags.add_argument_group("model")
     group.add_argument("--precision", choices=PRECISIONS, default="fp32",
                        help="precision of the computation (default: fp32)")
-    group.add_argument("--tensor-model-parallel-size", type=int, default=1, metavar="N",
-                       help="ranks that split each layer; the other ranks of the job share the proteins")
     group.add_argument("--tokens-per-row", type=int, metavar="N",
                        help="tokens computed at once (default: as memory allows, at most "
                        f"{MOST_TOKENS['cpu']:,} on CPUs and {MOST_TOKENS['cuda']:,} on GPUs)")
-    add_timeout_flag(flags)
+    add_layout_flags(flags)
 
 
 def add_protein_flags(flags: argparse.ArgumentParser, has_names: bool = True) -> None:
@@ -60,15 +58,20 @@ def proteins_of(given: argparse.Namespace, paths: Sequence[str], vocab: Vocab) -
                         skips=given.skip_bad_records, are_named_apart=given.has_names)
 
 
-def add_timeout_flag(flags: argparse.ArgumentParser) -> None:
-    """Add pretraining's flag for how long ranks wait for each other."""
-    add_section_flags(flags, ParallelConfig, ("distributed_timeout_minutes",))
-    flags.set_defaults(distributed_timeout_minutes=ParallelConfig().distributed_timeout_minutes)
+def add_layout_flags(flags: argparse.ArgumentParser) -> None:
+    """Add pretraining's flags for tensor parallelism and for how long ranks wait for each other."""
+    names, defaults = ("tensor_model_parallel_size", "distributed_timeout_minutes"), ParallelConfig()
+    add_section_flags(flags, ParallelConfig, names, {
+        names[0]: "ranks that split each layer; the other ranks of the job share the proteins (default: 1)"})
+    flags.set_defaults(**{name: getattr(defaults, name) for name in names})
 
 
-def parallel_of(given: argparse.Namespace, tensor_size: int = 1) -> ParallelConfig:
-    """A layout with `tensor_size` tensor ranks and the timeout of the flags; raises ConfigError if it is impossible."""
-    parallel = ParallelConfig(tensor_model_parallel_size=tensor_size,
+def parallel_of(given: argparse.Namespace, launch: Launch) -> ParallelConfig:
+    """The layout of the flags; raises ConfigError if it is impossible with the ranks that were launched."""
+    size = given.tensor_model_parallel_size
+    if size < 1 or launch.size % size:
+        raise ConfigError(f"--tensor-model-parallel-size is {size}; it must divide the number of ranks, {launch.size}")
+    parallel = ParallelConfig(tensor_model_parallel_size=size,
                               distributed_timeout_minutes=given.distributed_timeout_minutes)
     check_section(parallel)
     return parallel
@@ -81,10 +84,7 @@ def asked(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace, M
     """
     def prepare(launch: Launch) -> tuple[ParallelConfig, Callable[[Mesh, Log], None]]:
         given = parser.parse_args()
-        size = given.tensor_model_parallel_size
-        if size < 1 or launch.size % size:
-            raise ConfigError(f"--tensor-model-parallel-size is {size}; it must divide the number of ranks, "
-                              f"{launch.size}")
+        parallel = parallel_of(given, launch)
         if given.tokens_per_row is not None and given.tokens_per_row < 1:
             raise ConfigError(f"--tokens-per-row is {given.tokens_per_row}; it must be 1 or greater")
 
@@ -92,6 +92,6 @@ def asked(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace, M
             with leaving_no_empty(given.output or Path()):
                 work(given, mesh, log)
 
-        return parallel_of(given, size), worked
+        return parallel, worked
 
     return status_of(prepare)

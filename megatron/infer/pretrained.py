@@ -31,6 +31,7 @@ from megatron.kernels.packed_sequence import PackedSequence
 from megatron.log import Log
 from megatron.model.initialisation import initialise
 from megatron.model.protein_model import TASK_HEAD, ProteinModel, compute_dtype
+from megatron.parallel.layout import check_layout
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.tensor.copies import ComputeCopies
 from megatron.parallel.tensor.stream import Stream
@@ -176,7 +177,7 @@ def load(path: str, mesh: Mesh, log: Log, precision: str = "fp32") -> Pretrained
     if checkpoint is None:
         raise CheckpointError(f"{path} holds no checkpoint; give the folder that a run was saved in")
     checkpoint = with_contact_head(checkpoint)
-    config = config_of(checkpoint, precision)
+    config = config_of(checkpoint, precision, mesh.tensor.size)
     vocab = vocab_of(checkpoint, config)
     checkpoint = with_padding_of(checkpoint, vocab, vocab.padded_size(config.model), log)
     checkpoint = merged(checkpoint, config.model)
@@ -192,13 +193,19 @@ def load(path: str, mesh: Mesh, log: Log, precision: str = "fp32") -> Pretrained
     return Pretrained(model, config, vocab, checkpoint.iteration, mesh, checkpoint.path)
 
 
-def config_of(checkpoint: Checkpoint, precision: str) -> Config:
-    """A configuration with the checkpoint's model, row length and vocabulary, and defaults for everything else."""
+def config_of(checkpoint: Checkpoint, precision: str, tensor_size: int = 1) -> Config:
+    """A configuration with the checkpoint's model, row length and vocabulary, and defaults for everything else.
+
+    `tensor_size`: ranks that split each layer; raises ConfigError if the model cannot be split so.
+    """
     flags = flags_of(checkpoint)
-    needed = {"--seq-length": positions_of(flags), "--micro-batch-size": 1, "--train-iters": 1, "--lr": 1}
+    needed = {"--seq-length": positions_of(flags), "--micro-batch-size": 1, "--train-iters": 1, "--lr": 1,
+              "--tensor-model-parallel-size": tensor_size}
     argv = [str(word) for pair in needed.items() for word in pair]
     argv += [] if precision == "fp32" else [f"--{precision}"]
-    return parse(argv, left_open(["--load", str(checkpoint.path)], lambda _: flags))[0]
+    config = parse(argv, left_open(["--load", str(checkpoint.path)], lambda _: flags))[0]
+    check_layout(config, tensor_size)
+    return config
 
 
 def positions_of(flags: Mapping[str, Any]) -> int:

@@ -28,9 +28,11 @@ from megatron.finetune.model import Described
 from megatron.finetune.progress import UNFINISHED
 from megatron.infer.pretrained import config_of
 from megatron.log import Log
-from megatron.parallel.mesh import Mesh
+from megatron.parallel.launch.environment import Launch
+from megatron.parallel.mesh import Mesh, build_mesh
 from megatron.parallel.program import status_of
 from tests.families import ESM2
+from tests.ranks.launch import TIMEOUT, run_ranks
 from tests.transformers_models import PROTEINS, one_row, trained_here
 from tests.unit.labelled_files import json_lines
 from tests.unit.test_pretrained import TINY, saved
@@ -153,6 +155,22 @@ def test_predictions_of_a_saved_model_are_those_of_its_validation(taught, tmp_pa
                  for a, b in zip(one["prediction"], line["label"], strict=True)]
         assert np.mean(right) == pytest.approx(measures["accuracy"][0])
         assert [len(one["probabilities"]["H"]) for one in found] == [len(line["seq"]) for line in lines]
+
+
+def foretold(axis, argv):
+    """What `finetune.py` does with `argv` on a rank of `axis`."""
+    parallel, work = prepare(argv, Launch(rank=axis.rank, size=axis.size))
+    work(build_mesh(parallel, torch.device("cpu"), TIMEOUT), Log(is_speaker=axis.rank == 0))
+
+
+@pytest.mark.parametrize("tensor_size", [1, 2])
+def test_two_ranks_predict_what_one_does_each_layer_split_over_them_or_not(taught, tmp_path, tensor_size):
+    argv = ["predict", str(taught / "number"), str(taught / "number-data" / "valid.jsonl")]
+    assert finetune(*argv, tmp_path / "one.jsonl") == 0
+    run_ranks(foretold, 2, [*argv, str(tmp_path / "two.jsonl"), "--tensor-model-parallel-size", str(tensor_size)])
+    one, two = ([json.loads(line)["prediction"] for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+                for name in ("one", "two"))
+    assert two == pytest.approx(one, rel=1e-5)
 
 
 @pytest.fixture(scope="module")

@@ -21,9 +21,11 @@ from megatron.config import ModelConfig, PrecisionConfig
 from megatron.data.corpus.vocab import Vocab
 from megatron.errors import CheckpointError, ConfigError, ResidueError
 from megatron.infer.answers import INCLUDED, OF_LAYERS, Asked
+from megatron.infer.pretrained import load
 from megatron.infer.rows import shared_out
+from megatron.log import Log
 from megatron.model.protein_model import ProteinModel
-from megatron.parallel.mesh import Axis
+from megatron.parallel.mesh import Axis, Mesh
 from tests.families import ESM2
 from tests.transformers_models import PROTEINS, ids_of, one_row, trained_here
 
@@ -174,6 +176,11 @@ def test_untrained_weights_are_those_that_a_run_of_that_seed_begins_with(tmp_pat
 def test_a_folder_without_a_checkpoint_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="holds no checkpoint; give the folder"):
         load_pretrained(str(tmp_path))
+
+
+def test_a_model_that_cannot_be_split_over_the_ranks_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="--num-attention-heads 2 is not divisible by --tensor-model-parallel-size 3"):
+        load(str(saved(tmp_path)), Mesh(tensor=Axis(size=3)), Log())
 
 
 def test_another_vocabulary_than_that_of_training_is_refused(tmp_path):

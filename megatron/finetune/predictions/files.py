@@ -50,7 +50,7 @@ def predict(folder: str, file: str, output: str, precision: str, skips: bool, me
     if checkpoint is None:
         raise CheckpointError(f"{folder} holds no checkpoint, which a fine-tuning has at its end; give what --save of "
                               "tools/finetune.py named")
-    config = config_of(checkpoint, precision)
+    config = config_of(checkpoint, precision, mesh.tensor.size)
     vocab = vocab_of(checkpoint, config)
     proteins = read_proteins(file, described.task, ResidueTokenizer(vocab), skips, log, sequence_key)
     engine = described.open(_with_rows_for(proteins, config, mesh), mesh, vocab, checkpoint)
