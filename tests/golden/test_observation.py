@@ -65,3 +65,12 @@ def test_a_port_in_use_ends_the_program_with_status_2_before_anything_is_built(c
 def test_a_metrics_file_in_no_folder_ends_the_program_before_anything_is_built(corpus, tmp_path, capsys, unbuilt):
     assert main([*TINY, "--data-path", corpus, "--train-iters", "2", "--metrics-file", "/proc/none/run.prom"]) == 2
     assert capsys.readouterr().err.startswith("error: --metrics-file /proc/none/run.prom cannot be written (")
+
+
+def test_a_start_that_is_refused_leaves_the_numbers_of_the_run_before_it(tmp_path, capsys):
+    exposed = tmp_path / "run.prom"
+    exposed.write_text("proteinlm_failed 1.0\n")
+    assert main([*TINY, "--data-path", str(tmp_path / "nothing"), "--train-iters", "2", "--metrics-file", str(exposed),
+                 "--metrics-port", "0"]) == 2
+    assert exposed.read_text() == "proteinlm_failed 1.0\n" and list(tmp_path.iterdir()) == [exposed]
+    capsys.readouterr()

@@ -15,8 +15,8 @@ def reading_progress(total_bytes: int, log_interval: int) -> Iterator[Callable[[
     `total_bytes`: 0 if unknown.
     """
     start_s, next_line = time.monotonic(), log_interval
-    with tqdm(total=total_bytes or None, unit="B", unit_scale=True, desc="proteins",
-              disable=not sys.stderr.isatty()) as bar:
+    without_terminal = {} if sys.stderr.isatty() else {"disable": True}  # on one, TQDM_DISABLE decides
+    with tqdm(total=total_bytes or None, unit="B", unit_scale=True, desc="proteins", **without_terminal) as bar:
 
         def show(bytes_read: int, num_documents: int) -> None:
             nonlocal next_line

@@ -2,7 +2,7 @@
 """
 
 import importlib.util
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -33,8 +33,10 @@ def check_observers(logging: LoggingConfig) -> None:
     for name in logging.logger or ():
         if importlib.util.find_spec(name) is None:
             raise ConfigError(f"--logger {name} needs the package {name}, which is not installed: pip install {name}")
-    for observer in _prometheus(logging, None, lambda line: None):
-        observer.close(has_failed=False)
+    if _is_exposed(logging):
+        from megatron.train.observation.prometheus import check_exposition
+
+        check_exposition(logging)
 
 
 @contextmanager
@@ -58,7 +60,10 @@ def observed(config: Config, mesh: Mesh, log: Log) -> Iterator[Sequence[Observer
 
 def _opened(config: Config, mesh: Mesh, log: Log) -> Iterator[Observer]:
     logging = config.logging
-    yield from _prometheus(logging, config.checkpoint.save, log.line)
+    if _is_exposed(logging):
+        from megatron.train.observation.prometheus import Prometheus  # imported only by the few runs that need it
+
+        yield Prometheus(logging, config.checkpoint.save, log.line)
     for name in dict.fromkeys(logging.logger or ()):
         from megatron.train.observation.trackers import tracker
 
@@ -66,8 +71,5 @@ def _opened(config: Config, mesh: Mesh, log: Log) -> Iterator[Observer]:
         yield tracker(name, config.checkpoint.save, logging.logger_project, parameters, log.line)
 
 
-def _prometheus(logging: LoggingConfig, save: str | None, tell: Callable[[str], None]) -> Iterator[Observer]:
-    if logging.metrics_port is not None or logging.metrics_file is not None:
-        from megatron.train.observation.prometheus import Prometheus  # imported only by the few runs that need it
-
-        yield Prometheus(logging, save, tell)
+def _is_exposed(logging: LoggingConfig) -> bool:
+    return logging.metrics_port is not None or logging.metrics_file is not None

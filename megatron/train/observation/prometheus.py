@@ -5,13 +5,16 @@ The text follows version 0.0.4 of its exposition format
 """
 
 import errno
+import os
 import socket
 import socketserver
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from megatron.config import LoggingConfig
@@ -117,6 +120,18 @@ class Exposition:
             yield f"{name}{f'{{{said}}}' if said else ''} {_number(family.unit * value)}"
 
 
+def check_exposition(logging: LoggingConfig) -> None:
+    """Raises ConfigError if `Prometheus` cannot serve or write what the flags say; leaves the file as it is."""
+    if logging.metrics_file is not None:
+        path = Path(logging.metrics_file)
+        with _telling_of_failure(path):
+            if path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            TemporaryFile(dir=path.parent).close()
+    if logging.metrics_port is not None:
+        _server(logging.metrics_host, logging.metrics_port, str).stop()
+
+
 class Prometheus:
     """An observer that serves the text where the flags say; raises ConfigError if it cannot."""
 
@@ -126,11 +141,8 @@ class Prometheus:
         self._server = None
         self._file = None if logging.metrics_file is None else Path(logging.metrics_file)
         if self._file is not None:
-            try:
+            with _telling_of_failure(self._file):
                 write_text(self._file, self._text)
-            except OSError as error:
-                raise ConfigError(f"--metrics-file {self._file} cannot be written ({error.strerror or error}); name a "
-                                  "file in a folder that is there") from error
         if logging.metrics_port is not None:
             self._server = _server(logging.metrics_host, logging.metrics_port, lambda: self._text)
             host, port = self._server.server_address[:2]
@@ -146,8 +158,7 @@ class Prometheus:
         self._exposition.end(has_failed)
         self._show()
         if self._server is not None:
-            self._server.shutdown()
-            self._server.server_close()
+            self._server.stop()
 
     def _show(self) -> None:
         self._text = self._exposition.text()
@@ -172,6 +183,10 @@ class _Server(socketserver.ThreadingTCPServer):
         self.text = text
         super().__init__((host, port), _Handler)
 
+    def stop(self) -> None:
+        self.shutdown()
+        self.server_close()
+
 
 class _Handler(BaseHTTPRequestHandler):
     timeout = 10.0  # seconds that a client has to send its request
@@ -189,6 +204,16 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None:
         """Log no requests: Prometheus sends one every 15 seconds or so."""
+
+
+@contextmanager
+def _telling_of_failure(path: Path) -> Iterator[None]:
+    """Turns an OSError of the block into a ConfigError about `--metrics-file`."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"--metrics-file {path} cannot be written ({error.strerror or error}); name a file in a "
+                          "folder that is there") from error
 
 
 def _server(host: str, port: int, text: Callable[[], str]) -> _Server:
