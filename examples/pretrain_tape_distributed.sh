@@ -22,8 +22,8 @@
 #     MAX_RESTARTS    how often to restart from the last checkpoint when a process has died (default: 0)
 #
 # When a process dies, all processes on all machines end, with one line that says which died, where and why. When one
-# hangs, they end within --distributed-timeout-minutes (default: 10). A request to stop (Ctrl-C, SIGTERM, SIGHUP,
-# SIGUSR1) on one machine reaches all: all processes save and exit with success.
+# hangs, or a machine does not come, they end within --distributed-timeout-minutes (default: 10). A request to stop
+# (Ctrl-C, SIGTERM, SIGHUP, SIGUSR1) on one machine reaches all: all processes save and exit with success.
 #
 # With NNODES=2:4, training starts once 2 machines have joined and half a minute has passed, and uses as many machines
 # as there are, up to 4. A machine that comes later joins from a checkpoint that is saved for it. A lost machine counts

@@ -19,6 +19,7 @@ from tests.golden.training import ROOT, TINY
 pytestmark = pytest.mark.table
 RUN = [*TINY, "--num-attention-heads", "4", "--micro-batch-size", "1", "--global-batch-size", "4", "--train-iters",
        "100000", "--save-interval", "3", "--tensor-model-parallel-size", "2", "--distributed-timeout-minutes", "1"]
+PATIENCE_S = 240
 ADDRESSES = {"first": "10.97.0.1", "second": "10.97.0.2"}
 
 
@@ -113,6 +114,22 @@ def test_both_hosts_start_again_or_end_and_say_which_rank_died_where(corpus, tmp
     assert list(map(errors_in, outputs)) == [lines, lines]
     assert "going on from iteration" in outputs[0]
     assert all(process.returncode != 0 for process in processes)
+
+
+def test_a_forgotten_number_is_told_on_both_hosts(hosts):
+    def start(name):
+        return hosts.start(name, sys.executable, "-m", "megatron.parallel.launch", "--nnodes", 2, "--node_rank", 0,
+                           "--master_addr", ADDRESSES["first"], "--master_port", 6002, "no-program.py")
+
+    look = ("import sys; from megatron.parallel.launch.hosts import answers; "
+            f"sys.exit(not answers({ADDRESSES['first']!r}, 6002, {PATIENCE_S}))")
+    first = start("first")
+    assert hosts.start("second", sys.executable, "-c", look).wait() == 0, first.communicate()[0]
+    processes = [first, start("second")]
+    line = (f"error: first and second both have NODE_RANK 0, and meet at {ADDRESSES['first']}:6002; give each machine "
+            "its own, from 0 to 1")
+    assert [errors_in(process.communicate(timeout=PATIENCE_S)[0]) for process in processes] == [[line], [line]]
+    assert [process.returncode for process in processes] == [2, 2]
 
 
 def test_one_host_does_not_need_its_own_name(corpus, tmp_path, hosts):

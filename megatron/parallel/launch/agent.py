@@ -19,6 +19,7 @@ import time
 import uuid
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,12 +39,14 @@ from megatron.errors import DivergedError, LaunchError, SaveError, UserError
 from megatron.log import take_any_text
 from megatron.parallel.launch.failure import INTERRUPTED
 from megatron.parallel.launch.hosts import LOOPBACK, check_address
+from megatron.parallel.launch.machines import find, meet, timeout_of
 from megatron.parallel.launch.stop_signals import StopSignals
 
 # A rank that lost a peer often ends before the peer has recorded why. After a failure the other ranks have GRACE_S to
 # end by themselves, then PATIENCE_S to obey SIGTERM, and are then killed as hanging.
 GRACE_S, PATIENCE_S = 2, 5
 INTERRUPT_EVERY_S = 1.0  # a rank takes its first SIGINT as a stop signal, and several that come at once as one
+RESTART_S = 60  # launchers wait at least so long for each other before a restart: each first ends its ranks
 LISTENING_S = 1  # time for the other launchers to read a message: the store ends with the first host's launcher
 # Exit statuses after which a restart would only fail again.
 NOT_AGAIN = (UserError.exit_status, DivergedError.exit_status, SaveError.exit_status)
@@ -238,11 +241,29 @@ def prepared(argv: Sequence[str]) -> tuple[launcher.LaunchConfig, Any, list[str]
             # In torch 2.13 hosts that join later are not told the store that the launcher shares with its ranks, and
             # would wait forever. So rank 0 creates one of its own.
             os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-        return config_from_args(args)
+        config, command, arguments = config_from_args(args)
     except UserError:
         raise
     except (ValueError, RuntimeError, AssertionError) as error:
         raise LaunchError(f"the launcher's arguments do not fit: {str(error).splitlines()[0]}") from error
+    if "timeout" not in args.rdzv_conf:
+        config.rdzv_configs["timeout"] = max(RESTART_S, int(timeout_of(arguments).total_seconds()))
+    return config, command, arguments
+
+
+def met(config: launcher.LaunchConfig, timeout: timedelta) -> Store | None:
+    """Waits for the launchers that torch would wait for; returns the store to hold while ranks run, if it is here.
+
+    Raises LaunchError if they cannot meet, and DistError if they do not within `timeout`.
+    """
+    address, port = parse_rendezvous_endpoint(config.rdzv_endpoint, DEFAULT_PORT)
+    if config.rdzv_backend == "static":
+        return meet(config.rdzv_configs["rank"], config.max_nodes, address, port, timeout)
+    kept, conf = None, config.rdzv_configs
+    if config.rdzv_backend == "c10d" and port != 0 and conf.keys().isdisjoint({"is_host", "store_type"}):
+        kept = find(address, port, timeout)
+        conf["is_host"] = kept is not None  # torch would look this host's own name up, which may not resolve
+    return kept
 
 
 def main(argv: Sequence[str], signals: StopSignals) -> int:
@@ -255,7 +276,9 @@ def main(argv: Sequence[str], signals: StopSignals) -> int:
     vars(agent_api)["_get_fq_hostname"] = socket.gethostname
     try:
         config, command, arguments = prepared(argv)
+        kept = met(config, timeout_of(arguments))
         launcher.elastic_launch(config, command)(*arguments)
+        del kept
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         status = error.exit_status

@@ -45,6 +45,16 @@ def is_loopback(address: str) -> bool:
         return address == "localhost"
 
 
+def is_own(address: str) -> bool:
+    """Whether a name or an address is one of this host."""
+    for number in addresses_of(address):
+        family = socket.AF_INET6 if ":" in number else socket.AF_INET
+        with suppress(OSError), socket.socket(family, socket.SOCK_STREAM) as test:
+            test.bind((number, 0))
+            return True
+    return False
+
+
 def answers(address: str, port: int, within_s: float) -> bool:
     """Whether something listens at that port, now or within that many seconds; it looks ten times a second."""
     until_s = time.monotonic() + within_s
