@@ -152,7 +152,27 @@ def test_an_own_name_that_others_cannot_use_is_refused_in_one_line(monkeypatch, 
     monkeypatch.setattr(socket, "gethostname", lambda: own_name)
     with pytest.raises(LaunchError, match=f"{own_name} finds no address for other hosts .* set GLOO_SOCKET_IFNAME"):
         choose_interface(False, {})
+    monkeypatch.setattr(hosts_module, "has_address", lambda _: True)
     choose_interface(False, {"GLOO_SOCKET_IFNAME": "eth1"})
+
+
+@pytest.mark.parametrize(("given", "is_on_one_host", "said"), [
+    ("eth77", True, "GLOO_SOCKET_IFNAME is 'eth77', and 'eth77' has no address, or does not exist; unset it"),
+    ("lo,eth77", True, "GLOO_SOCKET_IFNAME is 'lo,eth77', and 'eth77' has no address"),
+    ("lo,", True, "GLOO_SOCKET_IFNAME is 'lo,', and '' has no address"),
+    ("eth77", False, "set the one that leads to the other hosts"),
+    ("lo", False, "GLOO_SOCKET_IFNAME is 'lo', and 'lo' leads to no other host")])
+def test_an_interface_that_gloo_cannot_use_is_refused_in_one_line(given, is_on_one_host, said):
+    with pytest.raises(LaunchError, match=said) as caught:
+        choose_interface(is_on_one_host, {"GLOO_SOCKET_IFNAME": given})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("given", "chosen"), [("lo", "lo"), ("", "lo")])
+def test_on_one_host_the_loopback_interface_serves(given, chosen):
+    environment = {"GLOO_SOCKET_IFNAME": given}
+    choose_interface(True, environment)
+    assert environment == {"GLOO_SOCKET_IFNAME": chosen}
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from ipaddress import ip_address
 from megatron.errors import LaunchError
 
 LOOPBACK = "127.0.0.1"
+LOOPBACK_INTERFACE = "lo" if sys.platform == "linux" else "lo0"
 LOOKUP_S = 30  # a resolver whose servers do not answer may take minutes
 
 
@@ -25,16 +26,41 @@ def check_address(address: str) -> None:
 def choose_interface(is_on_one_host: bool, environment: MutableMapping[str, str] = os.environ) -> None:
     """Makes sure that gloo finds an address for this host; by default it resolves the host's own name.
 
-    On one host it sets the loopback interface. With several hosts it raises LaunchError if that name does not resolve
-    to an address that other hosts can reach.
+    On one host it sets the loopback interface, unless the user has chosen another. Raises LaunchError if the user's
+    interfaces have no address, or if with several hosts what is used does not lead to the others.
     """
-    if "GLOO_SOCKET_IFNAME" in environment:
-        return
-    if is_on_one_host:
-        environment["GLOO_SOCKET_IFNAME"] = "lo" if sys.platform == "linux" else "lo0"
+    given = environment.get("GLOO_SOCKET_IFNAME")
+    if given:
+        _check_interfaces(given, is_on_one_host)
+    elif is_on_one_host:
+        environment["GLOO_SOCKET_IFNAME"] = LOOPBACK_INTERFACE
     elif all(map(is_loopback, addresses_of(socket.gethostname()))):
         raise LaunchError(f"{socket.gethostname()} finds no address for other hosts by its own name; set "
                           "GLOO_SOCKET_IFNAME to the network interface that leads to them, or mend /etc/hosts")
+
+
+def _check_interfaces(given: str, is_on_one_host: bool) -> None:
+    """Raises LaunchError if gloo cannot use one of the interfaces, whose names are separated by commas."""
+    for name in given.split(","):
+        if has_address(name) and (is_on_one_host or name != LOOPBACK_INTERFACE):
+            continue
+        usable = [other for _, other in socket.if_nameindex() if other != LOOPBACK_INTERFACE and has_address(other)]
+        fault = "leads to no other host" if name == LOOPBACK_INTERFACE else "has no address, or does not exist"
+        remedy = "unset it" if is_on_one_host else ("set the one that leads to the other hosts, or MASTER_ADDR="
+                                                    f"{LOOPBACK} if all ranks are on this host")
+        raise LaunchError(f"GLOO_SOCKET_IFNAME is {given!r}, and {name!r} {fault}; {remedy} "
+                          f"(interfaces with an address: {', '.join(usable) or 'none'})")
+
+
+def has_address(interface: str) -> bool:
+    """Whether gloo finds an address of that network interface."""
+    from torch.distributed import ProcessGroupGloo  # not above: tools/doctor.py runs without torch
+
+    try:
+        ProcessGroupGloo.create_device(interface=interface)
+    except (RuntimeError, ValueError):  # an empty name
+        return False
+    return True
 
 
 def is_loopback(address: str) -> bool:
