@@ -4,7 +4,7 @@ import os
 import socket
 import threading
 from datetime import timedelta
-from errno import EACCES, ENOSPC
+from errno import EACCES, ENOENT, ENOSPC
 
 import pytest
 import torch
@@ -269,6 +269,15 @@ def test_a_launcher_refuses_in_one_line_what_cannot_be(arguments, said):
         prepared([*LAUNCHER, *arguments, "program"])
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_launcher_without_a_temporary_folder_says_what_to_set(monkeypatch):
+    def refuse(**_):
+        raise FileNotFoundError(ENOENT, "No usable temporary directory found in ['/tmp']")
+
+    monkeypatch.setattr("tempfile.mkdtemp", refuse)
+    with pytest.raises(LaunchError, match=r"no folder for its ranks' reports .*No usable .*; .* TMPDIR name a folder"):
+        prepared([*LAUNCHER, "program"])
 
 
 @pytest.mark.parametrize(("caught", "expected"), [("0000000000004002", True), ("0000000180000002", False)])

@@ -244,6 +244,9 @@ def prepared(argv: Sequence[str]) -> tuple[launcher.LaunchConfig, Any, list[str]
         config, command, arguments = config_from_args(args)
     except UserError:
         raise
+    except OSError as error:
+        raise LaunchError(f"the launcher finds no folder for its ranks' reports ({error}); let the environment "
+                          "variable TMPDIR name a folder with room, or give --log-dir") from error
     except (ValueError, RuntimeError, AssertionError) as error:
         raise LaunchError(f"the launcher's arguments do not fit: {str(error).splitlines()[0]}") from error
     if "timeout" not in args.rdzv_conf:
