@@ -113,6 +113,7 @@ def test_both_hosts_start_again_or_end_and_say_which_rank_died_where(corpus, tmp
              "error: rank 1 on first: killed by signal 9 (SIGKILL)"]
     assert list(map(errors_in, outputs)) == [lines, lines]
     assert "going on from iteration" in outputs[0]
+    assert not [line for output in outputs for line in output.splitlines() if line.startswith(("[W", "frame #"))]
     assert all(process.returncode != 0 for process in processes)
 
 
