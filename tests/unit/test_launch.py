@@ -3,6 +3,7 @@
 import os
 import socket
 import threading
+from contextlib import closing
 from datetime import timedelta
 from errno import EACCES, ENOENT, ENOSPC
 
@@ -242,6 +243,13 @@ def test_ranks_that_do_not_come_are_named_when_the_time_is_up():
     launch = Launch(0, 3, 0, "127.0.0.1", agent.port, "torchrun", has_agent=True)
     with pytest.raises(dist.DistStoreError, match="waiting for ranks 1, 2 to start"):
         meeting_store(launch, timedelta(seconds=0.1))
+
+
+def test_a_rank_does_not_wait_beyond_the_timeout_for_what_is_no_store():
+    with closing(socket.create_server(("127.0.0.1", 0))) as server:
+        launch = Launch(1, 2, 1, "127.0.0.1", server.getsockname()[1], "torchrun")
+        with pytest.raises(dist.DistNetworkError, match="timed out waiting for an answer at 127.0.0.1, port"):
+            meeting_store(launch, timedelta(seconds=0.3))
 
 
 LAUNCHER = ["--nproc-per-node", "2"]

@@ -7,7 +7,6 @@ MASTER_ADDR and MASTER_PORT: in the launcher that keeps it, torch finds the one 
 import math
 import socket
 import sys
-import threading
 import time
 import uuid
 from argparse import ArgumentParser
@@ -23,6 +22,7 @@ from megatron.config.presets import PRESETS
 from megatron.config.reading.files import read_file
 from megatron.errors import LaunchError
 from megatron.parallel.launch.hosts import LOOPBACK, answers, is_own
+from megatron.parallel.launch.meeting import store_at
 
 LOOK_S = 0.2  # between two looks at what the others have written
 TELL_AFTER_S = 10.0  # until a launcher tells for whom it waits
@@ -130,19 +130,11 @@ def _found(address: str, port: int, missing: Missing, who: str) -> dist.Store:
 
 def _greeted(address: str, port: int) -> dist.Store:
     """The store at an address where something listens; raises LaunchError if that is no store."""
-    found = list[dist.Store]()
-
-    def greet() -> None:
-        with suppress(dist.DistError):
-            found.append(dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=GREETING_S)))
-
-    thread = threading.Thread(target=greet, daemon=True)  # torch would wait forever for an answer to its greeting
-    thread.start()
-    thread.join(GREETING_S)
-    if not found:
+    try:
+        return store_at(address, port, timedelta(seconds=GREETING_S))
+    except dist.DistError as error:
         raise LaunchError(f"something listens at {address}:{port}, but no launcher; set MASTER_PORT, on all machines, "
-                          "to a port that is free on the machine of that address")
-    return found[0]
+                          "to a port that is free on the machine of that address") from error
 
 
 def _register(store: dist.Store, number: int, num_machines: int, where: str) -> None:

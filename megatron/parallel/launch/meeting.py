@@ -4,6 +4,7 @@ Ranks may wait here for hours until another host starts its own, and Python hand
 between calls of torch: so no call waits longer than a second.
 """
 
+import threading
 import time
 import uuid
 from datetime import timedelta
@@ -26,12 +27,37 @@ def meeting_store(launch: Launch, timeout: timedelta) -> dist.Store:
     keeps = launch.rank == 0 and not launch.has_agent
     if not keeps and not answers(address, port, timeout.total_seconds()):
         raise dist.DistNetworkError(f"timed out waiting for rank 0 to listen at {address}, port {port}")
-    store = dist.TCPStore(address, port, is_master=keeps, timeout=timeout, wait_for_workers=False, multi_tenant=keeps)
+    store = store_at(address, port, timeout, keeps)
     own = dist.PrefixStore(_name_of_this_start(store, launch, deadline_s), store)
     if launch.rank == 0:
         own.set("all are here", "")
     _wait_for(own, "all are here", deadline_s)  # what follows waits inside torch for those that are not
     return own
+
+
+def store_at(address: str, port: int, timeout: timedelta, keeps: bool = False) -> dist.Store:
+    """The store at an address; `keeps`: whether this process keeps it there. Raises `DistError` after `timeout`.
+
+    A thread connects: torch would wait for as long as what listens there does not answer its greeting.
+    """
+    found = list[dist.Store | dist.DistError]()
+
+    def connect() -> None:
+        try:
+            found.append(dist.TCPStore(address, port, is_master=keeps, timeout=timeout, wait_for_workers=False,
+                                       multi_tenant=keeps))
+        except dist.DistError as error:
+            found.append(error)
+
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(timeout.total_seconds())
+    if not found:
+        raise dist.DistNetworkError(f"timed out waiting for an answer at {address}, port {port}: something listens "
+                                    "there, perhaps another program")
+    if isinstance(found[0], dist.DistError):
+        raise found[0]
+    return found[0]
 
 
 def _name_of_this_start(store: dist.Store, launch: Launch, deadline_s: float) -> str:
