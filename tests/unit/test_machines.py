@@ -2,6 +2,7 @@
 
 import socket
 import threading
+import time
 from contextlib import closing
 from datetime import timedelta
 
@@ -12,7 +13,7 @@ from megatron.errors import LaunchError
 from megatron.parallel.launch import machines
 from megatron.parallel.launch.agent import met, prepared
 from megatron.parallel.launch.hosts import is_own
-from megatron.parallel.launch.machines import find, meet, timeout_of
+from megatron.parallel.launch.machines import find, meet, telling_a_long_wait, timeout_of
 
 HOST = socket.gethostname()
 LOCAL = "127.0.0.1"
@@ -109,6 +110,19 @@ def test_machines_without_numbers_wait_for_the_one_whose_address_is_given(port, 
     kept = dist.TCPStore(LOCAL, port, is_master=True, wait_for_workers=False)
     assert find(LOCAL, port, LONG) is None
     del kept
+
+
+def test_only_a_long_wait_inside_torch_is_told(monkeypatch, capsys):
+    monkeypatch.setattr(machines, "LONG_WAIT_S", 0.01)
+    with telling_a_long_wait():
+        until_s, told = time.monotonic() + 60, ""
+        while not told and time.monotonic() < until_s:
+            told = capsys.readouterr().err
+    assert told.startswith(f"note: {HOST} waits for other machines")
+    monkeypatch.setattr(machines, "LONG_WAIT_S", 60)
+    with telling_a_long_wait():
+        pass
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(("words", "minutes"), [

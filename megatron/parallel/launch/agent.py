@@ -39,7 +39,7 @@ from megatron.errors import DivergedError, LaunchError, SaveError, UserError
 from megatron.log import take_any_text
 from megatron.parallel.launch.failure import INTERRUPTED
 from megatron.parallel.launch.hosts import LOOPBACK, check_address
-from megatron.parallel.launch.machines import find, meet, timeout_of
+from megatron.parallel.launch.machines import find, meet, telling_a_long_wait, timeout_of
 from megatron.parallel.launch.stop_signals import StopSignals
 
 # A rank that lost a peer often ends before the peer has recorded why. After a failure the other ranks have GRACE_S to
@@ -65,7 +65,7 @@ class Agent(LocalElasticAgent):
         if self._signals.has_come:  # a stop signal, since the last ranks ended
             self._tell(store_of_launchers(worker_group), AS_ASKED)
             sys.exit(0)
-        with self._signals.without_ranks():
+        with self._signals.without_ranks(), telling_a_long_wait():
             super()._rendezvous(worker_group)
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:

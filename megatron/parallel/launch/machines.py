@@ -7,12 +7,14 @@ MASTER_ADDR and MASTER_PORT: in the launcher that keeps it, torch finds the one 
 import math
 import socket
 import sys
+import threading
 import time
 import uuid
 from argparse import ArgumentParser
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
@@ -26,6 +28,7 @@ from megatron.parallel.launch.meeting import store_at
 
 LOOK_S = 0.2  # between two looks at what the others have written
 TELL_AFTER_S = 10.0  # until a launcher tells for whom it waits
+LONG_WAIT_S = 40.0  # longer than the half minute that an elastic start waits for more machines than it needs
 OWN_ADDRESS_S = 5.0  # for machine 0 to reach itself by MASTER_ADDR
 GREETING_S = 20.0  # for what listens at MASTER_ADDR to show that it is a launcher
 READING_S = 1.0  # for the others to read why they are refused: the store ends with the launcher that keeps it
@@ -108,6 +111,19 @@ def find(address: str, port: int, timeout: timedelta) -> dist.Store | None:
             _greeted(address, port)
             return None
         raise
+
+
+@contextmanager
+def telling_a_long_wait() -> Iterator[None]:
+    """A context in which torch waits for machines: too few of an elastic start, or one that is lost at a restart."""
+    note = f"note: {socket.gethostname()} waits for other machines: one may be missing, or its ranks still saving"
+    timer = threading.Timer(LONG_WAIT_S, partial(print, note, file=sys.stderr, flush=True))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _kept(port: int) -> dist.Store:
