@@ -24,8 +24,8 @@ from megatron.infer.pretrained import Pretrained, load  # noqa: E402
 from megatron.infer.skipped import FLAG  # noqa: E402
 from megatron.infer.variants.assays import files_of  # noqa: E402
 from megatron.infer.variants.record import SUMMARY, ScoringRecord  # noqa: E402
-from megatron.infer.variants.run import draw_proteins, score_files  # noqa: E402
-from megatron.infer.variants.scores import MARGINALS, MASKED, SCORINGS, Way  # noqa: E402
+from megatron.infer.variants.run import Way, draw_proteins, score_files  # noqa: E402
+from megatron.infer.variants.scores import MARGINALS, MASKED, SCORINGS  # noqa: E402
 from megatron.infer.variants.wild_types import read_proteins, read_wild_types  # noqa: E402
 from megatron.infer.windows import longest_window  # noqa: E402
 from megatron.log import Log  # noqa: E402

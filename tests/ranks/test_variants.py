@@ -4,7 +4,7 @@ import torch
 
 from megatron.infer.pretrained import load
 from megatron.infer.variants.mutants import parse_mutant
-from megatron.infer.variants.scores import PSEUDO, SCORINGS, Way, scores_of
+from megatron.infer.variants.scores import PSEUDO, SCORINGS, scores_of
 from megatron.log import Log
 from megatron.parallel.mesh import Mesh
 from tests.ranks.launch import run_ranks
@@ -19,7 +19,7 @@ WINDOW = 12
 def scores(mesh, folder, scoring):
     pretrained = load(folder, mesh, Log(is_speaker=False))
     mutants = [parse_mutant(text) for text in (MUTANTS[:3] if scoring == PSEUDO else MUTANTS)]
-    return torch.from_numpy(scores_of(pretrained, Way(scoring, WINDOW), WILD, mutants))
+    return torch.from_numpy(scores_of(pretrained, scoring, WILD, mutants, WINDOW))
 
 
 def of_each_way(axis, folder):

@@ -19,7 +19,7 @@ from megatron.infer.evaluation.run import EACH, evaluated, pseudo_perplexity
 from megatron.infer.evaluation.tally import FIRST_OF_BIN, TargetTally, bin_names
 from megatron.infer.proteins import ProteinFiles
 from megatron.infer.variants.mutants import parse_mutant
-from megatron.infer.variants.scores import MASKED, Way, scores_of
+from megatron.infer.variants.scores import MASKED, scores_of
 from megatron.log import Log
 from megatron.parallel.mesh import Mesh
 from tests.transformers_models import PROTEINS
@@ -104,7 +104,7 @@ def test_a_run_and_what_it_is_converted_to_answer_alike(config, other, tmp_path,
     def answered(model):
         corpus = ProteinFiles([str(fasta)], "text", None, model.vocab)
         reports = [evaluated(model, corpus, 50, None, BAR), pseudo_perplexity(model, corpus, 1, 50, None, BAR)]
-        scores = scores_of(model, Way(MASKED, 50), TEXTS[2], mutants)
+        scores = scores_of(model, MASKED, TEXTS[2], mutants, 50)
         losses = [report.report(model.vocab, FIXED)["loss"] for report in reports]
         return [*losses, *scores, *model.logits([TEXTS[2][:50]])[0].ravel()]
 

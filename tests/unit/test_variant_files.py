@@ -330,7 +330,7 @@ def test_a_file_that_holds_no_scores_is_not_replaced(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("flags", [(), ("--heatmap",)])
 def test_scores_that_are_not_finite_are_not_ranked(flags, tmp_path, monkeypatch):
-    def overflown(pretrained, way, protein, mutants, progress):
+    def overflown(pretrained, scoring, protein, mutants, *rest):
         return np.where(np.arange(len(mutants)) == 1, np.nan, 0.5)
 
     monkeypatch.setattr("megatron.infer.variants.run.scores_of", overflown)

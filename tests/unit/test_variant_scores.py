@@ -9,18 +9,8 @@ from megatron.data.corpus.vocab import AMINO_ACIDS
 from megatron.errors import ConfigError
 from megatron.infer.predictions import Copy, log_probabilities
 from megatron.infer.variants.mutants import mutated, parse_mutant
-from megatron.infer.variants.scores import (
-    MARGINALS,
-    MASKED,
-    PSEUDO,
-    SCORINGS,
-    WILD_TYPE,
-    Way,
-    all_substitutions,
-    num_copies,
-    scores_of,
-)
-from megatron.infer.variants.tables import write_substitutions
+from megatron.infer.variants.scores import MARGINALS, MASKED, PSEUDO, SCORINGS, WILD_TYPE, num_copies, scores_of
+from megatron.infer.variants.substitutions import all_substitutions, write_substitutions
 from megatron.infer.windows import longest_window, window_around
 from tests.transformers_models import ids_of
 
@@ -54,7 +44,7 @@ def direct(model, vocab, mutant, scoring):
 def test_scores_are_those_of_transformers_a_copy_at_a_time(kind, scoring, their_models, their_folders):
     pretrained, model = load_pretrained(str(their_folders / kind)), their_models[kind]
     mutants = [parse_mutant(text) for text in (MUTANTS if scoring in MARGINALS else MUTANTS[1:3])]
-    found = scores_of(pretrained, Way(scoring, longest_window(pretrained, None), budget=60), WILD, mutants)
+    found = scores_of(pretrained, scoring, WILD, mutants, longest_window(pretrained, None), budget=60)
     expected = [direct(model, pretrained.vocab, mutant, scoring) for mutant in mutants]
     scale = max(map(abs, expected))
     np.testing.assert_allclose(found / scale, np.array(expected) / scale, rtol=0, atol=2e-5)
@@ -73,7 +63,7 @@ def test_each_site_of_a_long_protein_is_seen_in_its_own_window(scoring, their_mo
 
     expected = sum(difference(model, vocab, LONG[optimal(one.site):][:window], one.site - optimal(one.site), one.mutant,
                               scoring == MASKED) for one in mutant)
-    assert scores_of(pretrained, Way(scoring, window), LONG, [mutant])[0] == pytest.approx(expected, abs=2e-4)
+    assert scores_of(pretrained, scoring, LONG, [mutant], window)[0] == pytest.approx(expected, abs=2e-4)
 
 
 def test_pseudo_likelihoods_of_long_proteins_are_of_windows(their_models, their_folders):
@@ -81,7 +71,7 @@ def test_pseudo_likelihoods_of_long_proteins_are_of_windows(their_models, their_
     protein, starts = "KKTAY", [0, 0, 1, 2, 2]  # of the windows of 3 residues
     expected = sum(their_log_p(model, pretrained.vocab, protein[start:start + 3], site - start)[
         pretrained.vocab.ids[protein[site]]] for site, start in enumerate(starts))
-    assert scores_of(pretrained, Way(PSEUDO, 3), "MKTAY", [parse_mutant("M1K")])[0] == pytest.approx(expected, abs=2e-4)
+    assert scores_of(pretrained, PSEUDO, "MKTAY", [parse_mutant("M1K")], 3)[0] == pytest.approx(expected, abs=2e-4)
 
 
 @pytest.mark.parametrize("longest", [1, 2, 7, 10, 29, 30, None])
@@ -107,9 +97,9 @@ def test_a_site_is_computed_once_and_a_window_that_is_not_masked_too(their_folde
     pretrained = load_pretrained(str(their_folders / "esm2"))
     mutants = [parse_mutant(text) for text in ("M1A", "M1C", "K2A:M1D", "A4C", "M1A")]
     for scoring, longest, expected in ((MASKED, None, 3), (WILD_TYPE, None, 1), (WILD_TYPE, 4, 2), (PSEUDO, None, 88)):
-        seen, way = [], Way(scoring, longest)
-        scores_of(pretrained, way, WILD, mutants, seen.append)
-        assert sum(seen) == num_copies(way, WILD, mutants) == expected
+        seen = []
+        scores_of(pretrained, scoring, WILD, mutants, longest, progress=seen.append)
+        assert sum(seen) == num_copies(scoring, WILD, mutants, longest) == expected
 
 
 def test_what_is_said_of_a_copy_does_not_depend_on_the_rows(their_folders):
@@ -126,9 +116,9 @@ def test_what_is_said_of_a_copy_does_not_depend_on_the_rows(their_folders):
 @pytest.mark.parametrize("scoring", MARGINALS)
 def test_a_heat_map_has_the_score_of_every_single_substitution(scoring, their_folders, tmp_path):
     pretrained, protein = load_pretrained(str(their_folders / "esm2")), WILD[:9] + "XS"
-    found = all_substitutions(pretrained, Way(scoring), protein)
+    found = all_substitutions(pretrained, scoring, protein, None)
     mutants = [parse_mutant(f"{wild}{site + 1}{letter}") for site, wild in enumerate(protein) for letter in AMINO_ACIDS]
-    np.testing.assert_allclose(found.ravel(), scores_of(pretrained, Way(scoring), protein, mutants), atol=1e-5)
+    np.testing.assert_allclose(found.ravel(), scores_of(pretrained, scoring, protein, mutants, None), atol=1e-5)
     write_substitutions(tmp_path / "map.csv", protein, found, offset=7)
     head, first, *_, unknown, last = (tmp_path / "map.csv").read_text().splitlines()
     assert head == "position,wild_type,A,C,D,E,F,G,H,I,K,L,M,N,P,Q,R,S,T,V,W,Y"
@@ -141,12 +131,12 @@ def test_a_heat_map_has_the_score_of_every_single_substitution(scoring, their_fo
 def test_letters_that_are_no_amino_acids_are_seen_and_not_scored(scoring, their_models, their_folders):
     pretrained, protein, model = load_pretrained(str(their_folders / "esm2")), "MKXAYUA", their_models["esm2"]
     mutants = [parse_mutant(text) for text in ("X3A", "M1X", "M1A:K2B", "M1A", "U6C:M1A", "M1A")]
-    found = scores_of(pretrained, Way(scoring), protein, mutants)
+    found = scores_of(pretrained, scoring, protein, mutants, None)
     assert np.isnan(found).tolist() == [True, True, True, False, True, False]
     if scoring == PSEUDO:
         expected = sum(their_log_p(model, pretrained.vocab, "AKXAYUA", site)[pretrained.vocab.ids[letter]]
                        for site, letter in enumerate("AKXAYUA") if letter in AMINO_ACIDS)
-        assert num_copies(Way(scoring), protein, mutants) == 5
+        assert num_copies(scoring, protein, mutants, None) == 5
     else:
         expected = difference(model, pretrained.vocab, protein, 0, "A", scoring == MASKED)
     np.testing.assert_allclose(found[[3, 5]], expected, rtol=1e-4)

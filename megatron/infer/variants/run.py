@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Collection, Mapping
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,30 @@ from megatron.infer.spearman import spearman, spearman_interval
 from megatron.infer.variants.assays import Assay, read_assay
 from megatron.infer.variants.mutants import has_score, letters_of, standard_sites
 from megatron.infer.variants.record import ASSAYS, PROTEINS, ScoringRecord
-from megatron.infer.variants.scores import Way, all_substitutions, num_copies, scores_of, sites_of, together
-from megatron.infer.variants.tables import has_header, write_csv, write_substitutions
+from megatron.infer.variants.scores import num_copies, scores_of, sites_of, together
+from megatron.infer.variants.substitutions import all_substitutions, write_substitutions
+from megatron.infer.variants.tables import has_header, write_csv
 from megatron.infer.variants.wild_types import WildTypes
 from megatron.log import Log
 
 _LEAST = 3  # variants that a correlation is of
+
+
+@dataclass(frozen=True)
+class Way:
+    """How to score: one of SCORINGS, the most residues in a window, the number of the first residue, the name of the
+    score column.
+
+    `budget`: tokens in a row; None for as many as memory allows. `skips`: leave out variants that do not fit their
+    protein.
+    """
+
+    scoring: str
+    longest: int | None
+    offset: int = 1
+    column: str = "score"
+    budget: int | None = None
+    skips: bool = False
 
 
 def score_files(pretrained: Pretrained, files: Mapping[str, Path], wild_types: WildTypes, way: Way,
@@ -40,9 +59,10 @@ def score_files(pretrained: Pretrained, files: Mapping[str, Path], wild_types: W
     for name in left:
         start_s, skipped = time.monotonic(), Skipped() if way.skips else None
         assay = read_assay(name, files[name], wild_types, letters, way.offset, skipped)
-        copies = num_copies(way, assay.wild_type, assay.mutants)
+        copies = num_copies(way.scoring, assay.wild_type, assay.mutants, way.longest)
         with closing(log.progress(-(-copies // pretrained.mesh.data.size), 0, "sequence", name)) as bar:
-            scores = scores_of(pretrained, way, assay.wild_type, assay.mutants, bar.update)
+            scores = scores_of(pretrained, way.scoring, assay.wild_type, assay.mutants, way.longest, way.budget,
+                               bar.update)
         is_scored = np.array([has_score(mutant) for mutant in assay.mutants])
         _check_finite(scores[is_scored], name)
         if writes:
@@ -140,9 +160,9 @@ def draw_proteins(pretrained: Pretrained, proteins: Mapping[str, str], way: Way,
             log.line(f"{name}: is done already in {record.folder}")
             continue
         sites = standard_sites(protein)
-        copies = len(together(way, sites, len(protein)))
+        copies = len(together(way.scoring, sites, len(protein), way.longest))
         with closing(log.progress(-(-copies // pretrained.mesh.data.size), 0, "sequence", name)) as bar:
-            scores = all_substitutions(pretrained, way, protein, bar.update)
+            scores = all_substitutions(pretrained, way.scoring, protein, way.longest, way.budget, bar.update)
         _check_finite(scores[sites], name)
         if pretrained.mesh.world.rank == 0:
             write_substitutions(table, protein, scores, way.offset)

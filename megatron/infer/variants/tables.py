@@ -7,9 +7,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
-from megatron.data.corpus.vocab import AMINO_ACIDS
 from megatron.data.sources.streams import InputStream, unpacked
 from megatron.data.sources.text.looks import HEAD_BYTES, delimiter_of
 from megatron.errors import DataError
@@ -89,15 +86,6 @@ def read_list(path: Path, name: str) -> TextTable:
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Write a CSV, completely or not at all."""
     write_text(path, _as_csv([columns, *rows]))
-
-
-def write_substitutions(path: Path, wild_type: str, scores: np.ndarray, offset: int = 1) -> None:
-    """Write a CSV with a line for each residue: its number, its letter and the score of each amino acid, empty where it
-    is nan.
-    """
-    write_csv(path, ["position", "wild_type", *AMINO_ACIDS],
-              ([str(number), letter, *("" if np.isnan(score) else f"{score:.6f}" for score in row)]
-               for number, (letter, row) in enumerate(zip(wild_type, scores, strict=True), offset)))
 
 
 def has_header(path: Path, columns: Sequence[str]) -> bool:
