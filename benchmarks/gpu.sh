@@ -24,7 +24,7 @@ measure() {
     local seconds=$1 title=$2
     [ ${#rehearse[@]} = 0 ] || seconds=$((10 * seconds))
     shift 2
-    printf '\n### %s\n\n`%s`\n\n' "$title" "$*"
+    printf '\n### %s\n\n%s\n\n' "$title" "\`$*\`"
     timeout --signal=INT --kill-after=10 "$seconds" "$python" "$@" || printf '\nended with status %s\n' $?
 }
 
