@@ -160,6 +160,12 @@ def test_the_readmes_map_lists_the_floors_from_the_highest_to_the_lowest() -> No
     assert len(listed) > 10 and heights == sorted(heights, reverse=True)
 
 
+@pytest.mark.parametrize("file", sorted((ROOT / "megatron").rglob("__init__.py")), ids=lambda file: file.parent.name)
+def test_the_rooms_that_a_folder_names_are_there(file: Path) -> None:
+    rooms = re.findall(r"`([a-z_/]+)/`", ast.get_docstring(ast.parse(file.read_text())) or "")
+    assert [room for room in rooms if not (file.parent / room).is_dir()] == []
+
+
 def test_no_two_classes_of_the_program_have_one_name():
     """What is written beside other programs' checkpoints stands alone there, and may say Attention as we do."""
     homes = defaultdict[str, list[str]](list)
