@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 
-from megatron.train.starting import leave_when_asked
+from megatron.train.signals import leave_when_asked
 
 if __name__ == "__main__":
     leave_when_asked()  # before the imports, which take seconds

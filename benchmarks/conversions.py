@@ -19,9 +19,9 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from megatron.checkpoint.contents import Checkpoint, StoredTensor, one_piece  # noqa: E402
 from megatron.checkpoint.convert import megatron_v2  # noqa: E402
 from megatron.checkpoint.convert.conversion import convert  # noqa: E402
-from megatron.checkpoint.stored import Checkpoint, StoredTensor, one_piece  # noqa: E402
 from megatron.config.command_line import parse  # noqa: E402
 from megatron.data.corpus.vocab import Vocab  # noqa: E402
 from megatron.log import Log  # noqa: E402

@@ -38,7 +38,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.downstream_probes import Features, Letters, States, told  # noqa: E402
 from benchmarks.train_step import processor  # noqa: E402
-from megatron.checkpoint.newest import newest  # noqa: E402
+from megatron.checkpoint.newest import open_newest  # noqa: E402
 from megatron.checkpoint.saving import Saver, parts_of  # noqa: E402
 from megatron.config import CheckpointConfig  # noqa: E402
 from megatron.data.corpus.tokenizer import ResidueTokenizer  # noqa: E402
@@ -169,7 +169,7 @@ def with_random_weights(path: str, seed: int, folder: str) -> str:
     Weights that training would initialise with zeros are random too.
     """
     pretrained = load_pretrained(path, device="cpu")
-    checkpoint = newest(path, pretrained.mesh.world, Log(), with_optimizer=False)
+    checkpoint = open_newest(path, pretrained.mesh.world, Log(), with_optimizer=False)
     assert checkpoint is not None
     config = replace(pretrained.config, model=replace(pretrained.config.model, zero_init_output=False))
     model = replace(pretrained, config=config).untrained(seed).model

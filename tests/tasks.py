@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron.checkpoint.stored import Checkpoint, stored
+from megatron.checkpoint.contents import Checkpoint, stored
 from megatron.config import Config, DataConfig, ModelConfig, ParallelConfig, PrecisionConfig, TrainingConfig
 from megatron.data.corpus.vocab import Vocab
 from megatron.finetune.data.contacts import table_of_atoms

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 
-from megatron.checkpoint.stored import Checkpoint, stored
+from megatron.checkpoint.contents import Checkpoint, stored
 from megatron.config import ModelConfig, PrecisionConfig
 from megatron.data.corpus.vocab import Vocab
 from megatron.kernels.packed_sequence import PackedSequence

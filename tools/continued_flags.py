@@ -24,10 +24,10 @@ from typing import Any
 if not __package__:  # else it is installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron.checkpoint.contents import Checkpoint  # noqa: E402
 from megatron.checkpoint.convert.formats import FORMATS, recognised  # noqa: E402
 from megatron.checkpoint.newest import saved_flags  # noqa: E402
 from megatron.checkpoint.store import iterations  # noqa: E402
-from megatron.checkpoint.stored import Checkpoint  # noqa: E402
 from megatron.config import Config, TrainingConfig  # noqa: E402
 from megatron.config.command_line import OneLineParser, as_flags, left_open, parse  # noqa: E402
 from megatron.data.corpus.vocab import Vocab  # noqa: E402

@@ -88,7 +88,7 @@ def floors() -> str:
     storeys = (("pretrain_tape.py · tools/ · protein_tools/ · examples/", "the doors: what a person runs"),
                ("doctor/", "this machine examined"), ("finetune/ · plan/ · study/", "tasks, layouts, runs compared"),
                ("train/ · infer/", "the run; a model asked"), ("checkpoint/", "saved, loaded, converted"),
-               ("optim/", "optimizers, courses, averages"), ("data/   |   model/", "neither imports the other"),
+               ("optim/", "optimizers, schedules, averages"), ("data/   |   model/", "neither imports the other"),
                ("parallel/", "ranks and what passes between them"), ("kernels/", "operations: reference, fast paths"),
                ("config/ · errors · files · log", "the ground"))
     shapes = [label(20, 28, "Floors of megatron/: a module imports from its own floor and from those below", size=15)]

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from megatron.checkpoint.stored import Checkpoint, stored
+from megatron.checkpoint.contents import Checkpoint, stored
 from megatron.errors import CheckpointError, OutputError
 from megatron.files import write_json
 

@@ -5,8 +5,8 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor
 
+from megatron.checkpoint.contents import Checkpoint, StoredTensor, Tensors
 from megatron.checkpoint.convert.vocabulary import WORDS, with_rows
-from megatron.checkpoint.stored import Checkpoint, StoredTensor, Tensors
 from megatron.data.corpus.vocab import Vocab
 from megatron.errors import CheckpointError
 from megatron.log import Log

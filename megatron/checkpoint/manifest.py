@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from megatron.checkpoint.stored import Piece, StoredTensor
+from megatron.checkpoint.contents import Piece, StoredTensor
 from megatron.checkpoint.tensor_file import FileFacts, facts_of_file, read_box
 from megatron.errors import CheckpointError
 from megatron.files import write_text

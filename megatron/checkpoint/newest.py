@@ -5,16 +5,16 @@ from pathlib import Path
 from typing import Any
 
 from megatron.checkpoint import store
+from megatron.checkpoint.contents import Checkpoint
 from megatron.checkpoint.convert.formats import CheckpointFormat, foreign
 from megatron.checkpoint.convert.torch_files import check_torch_files
-from megatron.checkpoint.stored import Checkpoint
 from megatron.errors import CheckpointError
 from megatron.log import Log
 from megatron.parallel.collectives import all_gather_object
 from megatron.parallel.mesh import Axis
 
 
-def newest(folder: str, world: Axis, log: Log, with_optimizer: store.WithOptimizer = True) -> Checkpoint | None:
+def open_newest(folder: str, world: Axis, log: Log, with_optimizer: store.WithOptimizer = True) -> Checkpoint | None:
     """The checkpoint to resume from, the same on all ranks, which call this together; None if there is none.
 
     `with_optimizer`: whether the optimizer's state is needed. Raises CheckpointError on all ranks if there are

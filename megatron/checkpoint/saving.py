@@ -84,7 +84,7 @@ class Saver:
         if self._is_first and self._writers.rank == 0:
             remove_left_over(self._root)
             for place in set_aside(str(self._root), self._loaded):
-                self._log.line(f"note: {place.name} is of the course that was left by going back to iteration "
+                self._log.line(f"note: {place.name} is of the continuation that was left by going back to iteration "
                                f"{self._loaded}; remove it if you do not need it")
         self._is_first = False
         parts = self._shares.share_of(parts)

@@ -10,8 +10,8 @@ from math import prod
 from pathlib import Path
 from typing import TypeVar, cast
 
+from megatron.checkpoint.contents import StoredTensor, one_piece
 from megatron.checkpoint.manifest import Manifest, TensorFacts
-from megatron.checkpoint.stored import StoredTensor, one_piece
 from megatron.checkpoint.tensor_file import FileFacts, write_tensors
 from megatron.errors import CheckpointError
 from megatron.files import begin_folder, finish_folder

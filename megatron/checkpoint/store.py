@@ -23,10 +23,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megatron.checkpoint.contents import Checkpoint
 from megatron.checkpoint.manifest import MANIFEST, check_files, read_manifest
 from megatron.checkpoint.metrics import MEASURED_ON, comparable
 from megatron.checkpoint.places import BEST, LATEST, STATE, VALIDATION, iterations, place_of, validations
-from megatron.checkpoint.stored import Checkpoint
 from megatron.checkpoint.whole import MODEL, read_whole
 from megatron.errors import CheckpointError
 from megatron.files import left_over, write_json, write_text
@@ -150,7 +150,7 @@ def set_aside(folder: str, iteration: int) -> list[Path]:
                 moved.append(place.rename(next(path for path in copies if not path.exists())))
     except OSError as error:
         raise CheckpointError(f"{folder}: iteration {number} cannot be renamed ({error.strerror}); it belongs to a "
-                              "course that was left, move it away") from error
+                              "continuation that was left, move it away") from error
     if moved:
         with suppress(OSError):
             link_best(Path(folder))

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron.checkpoint.stored import Box, StoredTensor, Tensors, one_piece
+from megatron.checkpoint.contents import Box, StoredTensor, Tensors, one_piece
 from megatron.errors import CheckpointError
 
 _NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",

@@ -9,8 +9,8 @@ PLACE/state.json               progress, loss scale, the flags of the run
 import json
 from pathlib import Path
 
+from megatron.checkpoint.contents import Checkpoint
 from megatron.checkpoint.places import STATE
-from megatron.checkpoint.stored import Checkpoint
 from megatron.checkpoint.tensor_file import stored_in
 from megatron.errors import CheckpointError
 

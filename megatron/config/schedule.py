@@ -101,7 +101,7 @@ def _weight_decay_faults(schedule: ScheduleConfig, optimizer: OptimizerConfig) -
     """Those of the weight decay schedule."""
     start, end, style = schedule.start_weight_decay, schedule.end_weight_decay, schedule.weight_decay_incr_style
     if style == "constant":
-        return [(value is not None, f"--{name}-weight-decay {value} is of a course, and --weight-decay-incr-style is "
+        return [(value is not None, f"--{name}-weight-decay {value} is of a schedule, and --weight-decay-incr-style is "
                  "constant; give linear or cosine there, or --weight-decay alone")
                 for name, value in (("start", start), ("end", end))]
     return [

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from megatron.checkpoint.contents import Checkpoint
 from megatron.checkpoint.loading import load_model
 from megatron.checkpoint.lora.merging import STATE, merged
-from megatron.checkpoint.stored import Checkpoint
 from megatron.config import Config, ModelConfig, PrecisionConfig
 from megatron.config.declaration import with_tuples
 from megatron.config.lora import LoraConfig

@@ -18,14 +18,14 @@ from torch import Tensor
 
 from megatron.checkpoint.claim import Claim
 from megatron.checkpoint.loading import load_average, load_model, load_optimizer
-from megatron.checkpoint.newest import newest
+from megatron.checkpoint.newest import open_newest
 from megatron.checkpoint.saving import parts_of
 from megatron.config import Config
 from megatron.errors import ConfigError
 from megatron.log import Log
-from megatron.train.patience import PatientSaver
 from megatron.train.step.engine import Engine
 from megatron.train.step.meters import Meters
+from megatron.train.tolerant_saver import TolerantSaver
 
 UNFINISHED = "unfinished"
 
@@ -66,8 +66,8 @@ class Unfinished:
                  work: Mapping[str, Any]) -> None:
         self._folder, self._config, self._engine, self._log = folder / UNFINISHED, config, engine, log
         self._claim, self._work = claim, work
-        self._saver: PatientSaver | None = None
-        self._found = newest(str(self._folder), engine.mesh.world, log)
+        self._saver: TolerantSaver | None = None
+        self._found = open_newest(str(self._folder), engine.mesh.world, log)
         if self._found is not None and self._found.state.get("work") != self._work:
             raise ConfigError(f"--save {folder} holds the beginning of a run with other flags, data or global batch; "
                               f"to go on with it give these, else name a new folder, or remove {self._folder}")
@@ -108,7 +108,7 @@ class Unfinished:
         if self._saver is None:
             config = replace(self._config.checkpoint, save=str(self._folder), keep_checkpoints=1)
             loaded = 0 if self._found is None else self._found.iteration
-            self._saver = PatientSaver(config, self._engine.mesh, self._claim, self._log, loaded)
+            self._saver = TolerantSaver(config, self._engine.mesh, self._claim, self._log, loaded)
         engine = self._engine
         self._saver.save(
             progress.iteration,

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from megatron.checkpoint.claim import claimed
+from megatron.checkpoint.contents import content_of
 from megatron.checkpoint.loading import with_padding_of
-from megatron.checkpoint.newest import newest
+from megatron.checkpoint.newest import open_newest
 from megatron.checkpoint.places import METRICS_FILE, digest_of_weights, iterations
-from megatron.checkpoint.stored import content_of
 from megatron.config.lora import LoraConfig
 from megatron.data.corpus.tokenizer import ResidueTokenizer
 from megatron.errors import CheckpointError, ConfigError, DataError
@@ -115,7 +115,7 @@ def rows_of(reports: list[Report], names: tuple[str, ...]) -> list[list[str]]:
 
 
 def _job(flags: Flags, mesh: Mesh, log: Log, requests: StopRequests) -> Job:
-    checkpoint = newest(flags.others["load"], mesh.world, log, with_optimizer=False)
+    checkpoint = open_newest(flags.others["load"], mesh.world, log, with_optimizer=False)
     if checkpoint is None:
         raise CheckpointError(f"--load {flags.others['load']} holds no checkpoint; give the folder of a run")
     settings = flags.config(flags_of(checkpoint), mesh.data.size)

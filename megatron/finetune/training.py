@@ -12,13 +12,13 @@ from typing import Any
 import torch
 
 from megatron.checkpoint.claim import Claim
+from megatron.checkpoint.contents import Checkpoint
 from megatron.checkpoint.convert.families import hf
 from megatron.checkpoint.lora import peft_files
 from megatron.checkpoint.metrics import MetricsWriter, forget_after
 from megatron.checkpoint.places import METRICS_FILE, place_of
 from megatron.checkpoint.saving import Saver, parts_of
 from megatron.checkpoint.store import open_place
-from megatron.checkpoint.stored import Checkpoint
 from megatron.config import Config
 from megatron.data.batches.batch import Batch
 from megatron.data.corpus.vocab import Vocab

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 
 from megatron.checkpoint.contact_head import WEIGHT, with_contact_head
+from megatron.checkpoint.contents import Checkpoint
 from megatron.checkpoint.loading import load_model, with_padding_of
 from megatron.checkpoint.lora.merging import merged
-from megatron.checkpoint.newest import newest
+from megatron.checkpoint.newest import open_newest
 from megatron.checkpoint.places import digest_of_weights
-from megatron.checkpoint.stored import Checkpoint
 from megatron.config import Config
 from megatron.config.command_line import left_open, parse
 from megatron.data.corpus.tokenizer import ResidueTokenizer
@@ -173,7 +173,7 @@ def load(path: str, mesh: Mesh, log: Log, precision: str = "fp32") -> Pretrained
     """As `load_pretrained`, on the ranks of a mesh, which must call this together; notes go to `log`."""
     if precision not in PRECISIONS:
         raise ConfigError(f"precision is {precision!r}; it must be one of {', '.join(PRECISIONS)}")
-    checkpoint = newest(path, mesh.world, log, with_optimizer=False)
+    checkpoint = open_newest(path, mesh.world, log, with_optimizer=False)
     if checkpoint is None:
         raise CheckpointError(f"{path} holds no checkpoint; give the folder that a run was saved in")
     checkpoint = with_contact_head(checkpoint)

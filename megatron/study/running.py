@@ -19,7 +19,7 @@ from megatron.log import in_time
 from megatron.study.curves import read_curve
 from megatron.study.record import BEGUN, FAILED, FINISHED, NOT_FINITE, STOPPED, SweepRecord, TrialResult
 from megatron.study.settings import Space, Trial
-from megatron.train.starting import requests_heard_by
+from megatron.train.signals import requests_heard_by
 
 PROGRAM = Path(__file__).resolve().parents[2] / "pretrain_tape.py"
 LOG = "run.log"

@@ -28,7 +28,6 @@ from megatron.train.observation.memory import count_from_here, peak_memory_gib
 from megatron.train.observation.observers import Observer
 from megatron.train.observation.pace import Pace
 from megatron.train.observation.profiler import StepProfiler
-from megatron.train.patience import GOES_ON, PatientSaver
 from megatron.train.setup.peak import measured_peak_flops
 from megatron.train.setup.run import Run
 from megatron.train.state import is_due
@@ -37,6 +36,7 @@ from megatron.train.step.evaluate import Evaluation
 from megatron.train.step.meters import Meters, StepSums
 from megatron.train.step.train_step import TrainStep
 from megatron.train.stop import StopRequests
+from megatron.train.tolerant_saver import GOES_ON, TolerantSaver
 
 
 def train(run: Run, requests: StopRequests, claim: Claim | None, faults: Faults, suspect: WrongSteps | None = None,
@@ -49,7 +49,7 @@ def train(run: Run, requests: StopRequests, claim: Claim | None, faults: Faults,
     """
     config = run.config.checkpoint
     events = Events(config, run.config.logging, run.log, run.state.iteration, observers)
-    saver = PatientSaver(config, run.mesh, claim, run.log, run.state.iteration, faults.meet_disk) if (
+    saver = TolerantSaver(config, run.mesh, claim, run.log, run.state.iteration, faults.meet_disk) if (
         config.save) else None
     with closing(events), closing(saver) if saver else nullcontext():
         baselines, meters = _baselines(run), Meters(run.mesh.world, run.mesh.device, run.mesh.waits)
@@ -90,7 +90,7 @@ class DueAfterStep:
 class Training:
     """The training steps of one run, with the log events, evaluations and checkpoints between them."""
 
-    def __init__(self, run: Run, events: Events, requests: StopRequests, saver: PatientSaver | None, meters: Meters,
+    def __init__(self, run: Run, events: Events, requests: StopRequests, saver: TolerantSaver | None, meters: Meters,
                  evaluations: Evaluations, faults: Faults, guard: Guard) -> None:
         self._run, self._events, self._requests, self._saver = run, events, requests, saver
         self._faults, self._guard = faults, guard

@@ -12,7 +12,7 @@ from megatron.checkpoint.places import iterations
 from megatron.parallel.collectives import all_reduce_sum
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.waits import read
-from megatron.train.starting import hear_usr1_again, requests_heard_by
+from megatron.train.signals import hear_usr1_again, requests_heard_by
 
 
 class StopRequests:

@@ -31,11 +31,11 @@ def test_a_run_in_samples_ends_there_after_another_global_batch(run, before, aft
 
 def test_a_run_in_iterations_says_where_it_ends_after_another_global_batch(begun):
     said = begun.error("--train-iters", 8, "--global-batch-size", 4)
-    assert "(--global-batch-size is 4, it was 2: as many iterations are then another course)" in said
+    assert "(--global-batch-size is 4, it was 2: as many iterations are then another schedule)" in said
     assert "--override-lr-scheduler" in said
     begun("--train-iters", 8, "--global-batch-size", 4, "--use-checkpoint-lr-scheduler")
     assert begun.notes()[2:] == [
-        "note: --train-iters 8 now ends after 24 samples, and the course of the learning rate after 16"]
+        "note: --train-iters 8 now ends after 24 samples, and the learning-rate schedule after 16"]
     assert list(losses(begun.folder)) == [2, 4, 6, 8]
 
 
@@ -44,7 +44,7 @@ def test_what_holds_from_here_on_is_said_a_line_each(begun):
           "--checkpoint-activations", "--eval-iters", 1)
     assert sorted(line.split()[1] for line in begun.notes()) == ["--adam-beta2", "--bf16", "--clip-grad",
                                                                  "--hidden-dropout"]
-    assert num_judged(begun) == 4  # with those behind it steps of another course cannot be compared
+    assert num_judged(begun) == 4  # with those behind it steps of another continuation cannot be compared
 
 
 def test_another_micro_batch_is_said_where_there_is_dropout(run):

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from megatron.checkpoint.contents import Checkpoint, stored
 from megatron.checkpoint.convert.formats import FORMATS
-from megatron.checkpoint.stored import Checkpoint, stored
 from megatron.errors import CheckpointError
 from megatron.optim.average import WeightAverage
 from tests.unit.test_weight_decay import parameters

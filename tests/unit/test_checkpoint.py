@@ -14,13 +14,13 @@ import torch
 from safetensors.torch import save_file
 
 from megatron.checkpoint import sharded
+from megatron.checkpoint.contents import Checkpoint, Piece, StoredTensor, are_a_whole, stored
 from megatron.checkpoint.loading import load_model, load_optimizer
 from megatron.checkpoint.manifest import MANIFEST
 from megatron.checkpoint.places import digest_of_weights, validation_loss
 from megatron.checkpoint.saving import Saver, parts_of
 from megatron.checkpoint.sharded import writers_of
 from megatron.checkpoint.store import LATEST, find, note_validation, set_aside
-from megatron.checkpoint.stored import Checkpoint, Piece, StoredTensor, are_a_whole, stored
 from megatron.config import CheckpointConfig
 from megatron.errors import CheckpointError
 from megatron.files import begin_folder, write_text

@@ -9,11 +9,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from megatron.checkpoint.contents import stored
 from megatron.checkpoint.convert.conversion import convert
 from megatron.checkpoint.convert.families import esm, hf
 from megatron.checkpoint.convert.formats import recognised
 from megatron.checkpoint.newest import saved_flags
-from megatron.checkpoint.stored import stored
 from megatron.data.corpus.vocab import Vocab
 from megatron.errors import CheckpointError
 from megatron.log import Log

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from megatron.checkpoint.contents import Checkpoint, stored
 from megatron.checkpoint.loading import load_model
 from megatron.checkpoint.lora.merging import STATE, merged
-from megatron.checkpoint.stored import Checkpoint, stored
 from megatron.config import PrecisionConfig
 from megatron.config.command_line import OneLineParser, add_section_flags
 from megatron.config.lora import LORA_TARGETS, LoraConfig

@@ -106,9 +106,9 @@ def test_the_share_goes_evenly_from_one_to_another_over_so_many_rows_of_the_run(
     assert chosen == [30, 20, 15, 10, 10]
 
 
-@pytest.mark.parametrize("course", [(0.1, 0.5, 10.0), (0.5, 0.1, 10.0)])
-def test_the_most_targets_are_those_of_the_highest_share_of_a_course(course):
-    assert Masker(Masking.from_config(DataConfig(mask_prob=course)), VOCAB).most_chosen(100) == 50
+@pytest.mark.parametrize("ramp", [(0.1, 0.5, 10.0), (0.5, 0.1, 10.0)])
+def test_the_most_targets_are_those_of_the_highest_share_of_a_ramp(ramp):
+    assert Masker(Masking.from_config(DataConfig(mask_prob=ramp)), VOCAB).most_chosen(100) == 50
 
 
 @pytest.mark.parametrize("share", [(1.2,), (0.3, 0.2), (0.3, 1.0, 5.0), (0.1, 0.2, 3.0, 4.0)])

@@ -20,9 +20,9 @@ import pytest
 import torch
 from torch.distributed import checkpoint as dcp
 
+from megatron.checkpoint.contents import stored
 from megatron.checkpoint.convert.formats import FORMATS, recognised
 from megatron.checkpoint.convert.megatron_core import distributed, ranks
-from megatron.checkpoint.stored import stored
 from tests import megatron_core_recorded as recording
 from tests.megatron_core_recorded import FILE, FORMS, ITERATION, SPLITS, edited, our_logits, our_model
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch._prims_common import CUDARngStateHelper
 
+from megatron.checkpoint.contents import Checkpoint, stored
 from megatron.checkpoint.convert.megatron_v2 import read, write
 from megatron.checkpoint.convert.vocabulary import trimmed
-from megatron.checkpoint.stored import Checkpoint, stored
 from megatron.errors import CheckpointError, ConfigError
 from tests.megatron_checks import check_values, same_but_random_states
 from tests.megatron_files import ITERATION, LAYERS, ROWS, loaded, wholes, write_original

@@ -8,12 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron.checkpoint.contents import stored
 from megatron.checkpoint.convert.families import hf
 from megatron.checkpoint.convert.families.vocabularies import vocabulary_of
 from megatron.checkpoint.convert.formats import foreign, recognised
 from megatron.checkpoint.lora import peft_files
 from megatron.checkpoint.lora.merging import STATE, merged
-from megatron.checkpoint.stored import stored
 from megatron.config.lora import LORA_TARGETS, LoraConfig
 from megatron.errors import CheckpointError
 from megatron.model.lora import adapt, adapters_in

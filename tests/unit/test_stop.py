@@ -6,7 +6,7 @@ import signal
 import pytest
 
 from megatron.parallel.mesh import Mesh
-from megatron.train.starting import REQUESTS_TO_STOP
+from megatron.train.signals import REQUESTS_TO_STOP
 from megatron.train.stop import StopRequests, interruption
 
 

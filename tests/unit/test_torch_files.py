@@ -15,11 +15,11 @@ import torch
 import torch.distributed.checkpoint
 from torch import nn
 
+from megatron.checkpoint.contents import StoredTensor, one_piece
 from megatron.checkpoint.convert import torch_writing
 from megatron.checkpoint.convert.torch_files import read_torch_file
 from megatron.checkpoint.convert.torch_pickle import PickledObject, load_torch_pickle
 from megatron.checkpoint.convert.torch_writing import write_torch_file
-from megatron.checkpoint.stored import StoredTensor, one_piece
 from megatron.errors import CheckpointError
 
 MATRIX = torch.randn(6, 8, generator=torch.Generator().manual_seed(1))

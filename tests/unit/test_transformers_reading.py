@@ -7,12 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron.checkpoint.contents import content_of, stored
 from megatron.checkpoint.convert.families import hf
 from megatron.checkpoint.convert.families.names import fused, split
 from megatron.checkpoint.convert.families.vocabularies import vocabulary_of
 from megatron.checkpoint.convert.formats import foreign, recognised
 from megatron.checkpoint.newest import saved_flags
-from megatron.checkpoint.stored import content_of, stored
 from megatron.data.corpus.vocab import Vocab
 from megatron.errors import CheckpointError
 from tests.transformers_models import (

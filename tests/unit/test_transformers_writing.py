@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron.checkpoint.contents import stored
 from megatron.checkpoint.convert.families import hf, hf_writing
 from megatron.checkpoint.convert.families.vocabularies import vocabulary_of
 from megatron.checkpoint.convert.formats import FORMATS
 from megatron.checkpoint.newest import saved_flags
-from megatron.checkpoint.stored import stored
 from megatron.config import ModelConfig
 from megatron.config.command_line import left_open, parse
 from megatron.data.corpus.tokenizer import ResidueTokenizer

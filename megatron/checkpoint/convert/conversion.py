@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron.checkpoint.contact_head import contact_head_file, with_contact_head
+from megatron.checkpoint.contents import Box, Checkpoint, StoredTensor, one_piece
 from megatron.checkpoint.convert.families import esm, flags
 from megatron.checkpoint.convert.families.vocabularies import known_vocabulary, num_tokens_of
 from megatron.checkpoint.convert.formats import FORMATS, OURS, WEIGHTS_ALONE, read_as
@@ -18,7 +19,6 @@ from megatron.checkpoint.convert.torch_files import check_torch_files
 from megatron.checkpoint.convert.vocabulary import WORDS, trimmed
 from megatron.checkpoint.loading import refuse_task
 from megatron.checkpoint.manifest import check_files
-from megatron.checkpoint.stored import Box, Checkpoint, StoredTensor, one_piece
 from megatron.errors import ConfigError
 from megatron.files import leaving_no_empty, left_over, replacing
 from megatron.log import Log

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
+from megatron.checkpoint.contents import Checkpoint
 from megatron.checkpoint.convert import megatron_v2, sharded, whole
 from megatron.checkpoint.convert.families import esm, hf
 from megatron.checkpoint.convert.megatron_core import distributed, ranks
 from megatron.checkpoint.lora.peft_files import CONFIG as ADAPTERS
-from megatron.checkpoint.stored import Checkpoint
 from megatron.errors import CheckpointError, ConfigError
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
+from megatron.checkpoint.contents import Checkpoint, StoredTensor, Tensors
 from megatron.checkpoint.convert.formats import read_as
 from megatron.checkpoint.convert.torch_files import check_torch_files
 from megatron.checkpoint.manifest import check_files
-from megatron.checkpoint.stored import Checkpoint, StoredTensor, Tensors
 from megatron.errors import CheckpointError, ConfigError
 from megatron.log import Log
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron.checkpoint.stored import Box, StoredTensor, one_piece
+from megatron.checkpoint.contents import Box, StoredTensor, one_piece
 from megatron.errors import CheckpointError
 
 NOTE = "the embedding of token type 0, which all residues have, was added to the position embeddings"

@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
+from megatron.checkpoint.contents import StoredTensor
 from megatron.checkpoint.convert.torch_storage import Storage, view
-from megatron.checkpoint.stored import StoredTensor
 from megatron.plain_pickle import PlainUnpickler, Readable, load
 
 # Of these modules everything, and of others these names, stands for itself; nothing of them is imported or run.

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.checkpoint.stored import Box, StoredTensor, one_piece
+from megatron.checkpoint.contents import Box, StoredTensor, one_piece
 from megatron.errors import CheckpointError
 
 

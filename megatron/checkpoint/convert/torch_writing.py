@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch._utils import _rebuild_tensor_v2
 
+from megatron.checkpoint.contents import StoredTensor, stored
 from megatron.checkpoint.convert.torch_pickle import STORAGES
-from megatron.checkpoint.stored import StoredTensor, stored
 from megatron.errors import CheckpointError
 
 _STORAGES = {dtype: getattr(torch, name) for name, dtype in STORAGES.items() if name != "UntypedStorage"}

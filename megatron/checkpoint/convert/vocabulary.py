@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from megatron.checkpoint.stored import Box, Checkpoint, Piece, StoredTensor
+from megatron.checkpoint.contents import Box, Checkpoint, Piece, StoredTensor
 
 WORDS, BIAS = "embedding.word_embeddings.weight", "lm_head.bias"
 OUTPUT = "lm_head.decoder.weight"  # only if the output layer is not tied to the word embedding

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import torch
 
+from megatron.checkpoint.contents import Checkpoint, Tensors
 from megatron.checkpoint.convert.failures import new_checkpoint, refuse_layout
 from megatron.checkpoint.places import STATE, place_of
 from megatron.checkpoint.store import place_in
-from megatron.checkpoint.stored import Checkpoint, Tensors
 from megatron.checkpoint.tensor_file import write_tensors
 from megatron.checkpoint.whole import MODEL, VERSION, read_whole
 from megatron.errors import CheckpointError

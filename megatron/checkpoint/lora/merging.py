@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from megatron.checkpoint.stored import Box, Checkpoint, StoredTensor, Tensors, one_piece
+from megatron.checkpoint.contents import Box, Checkpoint, StoredTensor, Tensors, one_piece
 from megatron.config import ModelConfig
 from megatron.config.declaration import with_tuples
 from megatron.config.lora import LoraConfig

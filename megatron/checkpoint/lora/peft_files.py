@@ -16,12 +16,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron.checkpoint.contents import Tensors, stored
 from megatron.checkpoint.convert.failures import new_checkpoint
 from megatron.checkpoint.convert.families.flags import OWN, family_of
 from megatron.checkpoint.convert.families.hf_writing import TABLES
 from megatron.checkpoint.convert.families.names import their_names
 from megatron.checkpoint.lora.merging import stored_pair
-from megatron.checkpoint.stored import Tensors, stored
 from megatron.checkpoint.tensor_file import write_tensors
 from megatron.config import ModelConfig
 from megatron.config.lora import LoraConfig

@@ -21,23 +21,23 @@ class Masking:
     mask_token_prob: float = 0.8  # share of targets that become the mask token
     random_prob: float = 0.1  # share of targets that become a random residue
     span_length: float = 1.0  # mean length of a span of targets
-    final_prob: float | None = None  # if given, `prob` changes linearly to this over the first `course_rows` rows
-    course_rows: float = 1.0
+    final_prob: float | None = None  # if given, `prob` changes linearly to this over the first `ramp_rows` rows
+    ramp_rows: float = 1.0
 
     @classmethod
     def from_config(cls, data: DataConfig) -> "Masking":
         """The masking that the flags describe; raises ConfigError for an invalid --mask-prob."""
-        start, *course = data.mask_prob
-        if len(course) not in (0, 2) or not all(0 < share < 1 for share in (start, *course[:1])):
+        start, *ramp = data.mask_prob
+        if len(ramp) not in (0, 2) or not all(0 < share < 1 for share in (start, *ramp[:1])):
             raise ConfigError(f"--mask-prob is {' '.join(map(str, data.mask_prob))}; give a share between 0 and 1, or "
                               "START END SAMPLES: such a share, another, and the rows from the one to the other")
-        return cls(start, data.mask_token_prob, data.mask_random_prob, data.mask_span_length, *course)
+        return cls(start, data.mask_token_prob, data.mask_random_prob, data.mask_span_length, *ramp)
 
     def prob_at(self, sample: int) -> float:
         """The share of residues that are targets in row number `sample` of a run."""
         if self.final_prob is None:
             return self.prob
-        return self.prob + (self.final_prob - self.prob) * min(1.0, sample / self.course_rows)
+        return self.prob + (self.final_prob - self.prob) * min(1.0, sample / self.ramp_rows)
 
 
 class Masker:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.checkpoint.convert.failures import writable
-from megatron.checkpoint.newest import newest
+from megatron.checkpoint.newest import open_newest
 from megatron.config import Config
 from megatron.data.corpus.tokenizer import ResidueTokenizer
 from megatron.errors import CheckpointError, ConfigError
@@ -46,7 +46,7 @@ def predict(folder: str, file: str, output: str, precision: str, skips: bool, me
             path.parent.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=path.parent).close()
     described = Described.read(Path(folder))
-    checkpoint = newest(folder, mesh.world, log, with_optimizer=False)
+    checkpoint = open_newest(folder, mesh.world, log, with_optimizer=False)
     if checkpoint is None:
         raise CheckpointError(f"{folder} holds no checkpoint, which a fine-tuning has at its end; give what --save of "
                               "tools/finetune.py named")

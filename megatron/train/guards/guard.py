@@ -75,12 +75,12 @@ class Guard:
         first = max(self._looked_at, last - len(steps)) + 1
         new = dict(zip(range(first, last + 1), steps[len(steps) - (last + 1 - first):], strict=True))
         wrong = {number: step for number, step in new.items() if self._is_wrong(step)}
-        courses = dict(zip(new, self._run.judge.take_courses(), strict=True))
+        usual = dict(zip(new, self._run.judge.take_usual(), strict=True))
         if wrong:
-            self._act(wrong, last, courses[min(wrong)])
+            self._act(wrong, last, usual[min(wrong)])
         elif self._suspect is not None and self._suspect.first_step in new:
             first = self._suspect.first_step
-            self._acquit(self._suspect, new[first], courses[first])
+            self._acquit(self._suspect, new[first], usual[first])
         self._looked_at, self._rows, self._was_wrong = last, {}, last in wrong
         scale = self._run.engine.loss_scale
         self._was_least = scale.is_dynamic and float(read(scale.value)) <= self._run.config.precision.min_loss_scale
@@ -100,10 +100,10 @@ class Guard:
         loss, norm = torch.tensor([step.loss, step.grad_norm], dtype=torch.float64)
         return not self._run.judge.is_normal(loss, norm)
 
-    def _act(self, wrong: dict[int, StepSums], last: int, course: Tensor) -> None:
+    def _act(self, wrong: dict[int, StepSums], last: int, usual: Tensor) -> None:
         run, (first, step) = self._run, next(iter(wrong.items()))
         others = f", and {len(wrong) - 1} of the {last - first} after it" if len(wrong) > 1 else ""
-        text = f"note: step {first} went wrong{others}: {_in_words(step, course)}"
+        text = f"note: step {first} went wrong{others}: {_in_words(step, usual)}"
         if self._config.on_spike == "rewind":
             rows = range(self._rows[first].start, self._rows[last].stop)
             run.log.line(text)
@@ -114,15 +114,15 @@ class Guard:
         where = "" if self._was_wrong else write_suspects(run, first, self._rows[first])
         run.log.line(f"{text}; {fate}{where}")
 
-    def _acquit(self, suspect: WrongSteps, step: StepSums, course: Tensor) -> None:
+    def _acquit(self, suspect: WrongSteps, step: StepSums, usual: Tensor) -> None:
         self._suspect = None
         self._run.log.line(
-            f"note: step {suspect.first_step} came out normal this time: {_in_words(step, course)}. The same rows and "
+            f"note: step {suspect.first_step} came out normal this time: {_in_words(step, usual)}. The same rows and "
             "weights gave something else before, so a device or its memory failed, not the data: have the machine "
             "checked")
 
 
-def _in_words(step: StepSums, course: Tensor) -> str:
-    usual = [f" ({value:.4g} ± {width:.2g} in the steps before)" if math.isfinite(value) else ""
-             for value, width in zip(*course.tolist(), strict=True)]
-    return f"loss {step.loss:.4g}{usual[0]}, norm of the gradient {step.grad_norm:.4g}{usual[1]}"
+def _in_words(step: StepSums, usual: Tensor) -> str:
+    beside = [f" ({value:.4g} ± {width:.2g} in the steps before)" if math.isfinite(value) else ""
+             for value, width in zip(*usual.tolist(), strict=True)]
+    return f"loss {step.loss:.4g}{beside[0]}, norm of the gradient {step.grad_norm:.4g}{beside[1]}"

@@ -28,7 +28,7 @@ class SpikeJudge:
         self._history_hq = torch.full((HISTORY, 2), torch.nan, dtype=torch.float64, device=device)  # q: loss, norm
         self._num_steps = torch.zeros((), dtype=torch.int64, device=device)
         self._places_h = torch.arange(HISTORY, device=device)
-        self._courses: list[Tensor] = []  # [2, 2] each, as `course` has it
+        self._usual: list[Tensor] = []  # [2, 2] each, as `usual` has it
 
     @torch.no_grad()
     def is_normal(self, loss: Tensor, norm: Tensor) -> Tensor:
@@ -38,8 +38,8 @@ class SpikeJudge:
         kept for comparison.
         """
         values_q = torch.stack([loss.double(), norm.double()])
-        middle_q, deviation_q = self.course()
-        self._courses.append(torch.stack([middle_q, deviation_q]))
+        middle_q, deviation_q = self.usual()
+        self._usual.append(torch.stack([middle_q, deviation_q]))
         is_finite_q = torch.isfinite(values_q)
         is_far_q = (values_q > middle_q + self._threshold * deviation_q) & (self._num_steps >= LEAST)
         is_wrong_q = is_far_q | ~is_finite_q
@@ -52,17 +52,17 @@ class SpikeJudge:
         self._num_steps = self._num_steps + is_kept
         return is_normal
 
-    def course(self) -> tuple[Tensor, Tensor]:
+    def usual(self) -> tuple[Tensor, Tensor]:
         """Median and robust standard deviation, [2] each, of the loss and norm of the last normal steps; nan at first.
         """
         middle_q = _nanmedian(self._history_hq)
         distance_q = _nanmedian((self._history_hq - middle_q).abs())
         return middle_q, torch.maximum(_CONSISTENCY * distance_q, _LEAST_DEVIATION * middle_q)
 
-    def take_courses(self) -> list[Tensor]:
-        """What each step since the last call was compared with: its `course`, median and deviation stacked, [2, 2]."""
-        courses, self._courses = self._courses, []
-        return courses
+    def take_usual(self) -> list[Tensor]:
+        """What each step since the last call was compared with: its `usual`, median and deviation stacked, [2, 2]."""
+        usual, self._usual = self._usual, []
+        return usual
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps; JSON values."""

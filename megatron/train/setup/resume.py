@@ -8,11 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megatron.checkpoint.contents import Checkpoint
 from megatron.checkpoint.convert.formats import foreign_name
-from megatron.checkpoint.newest import newest
+from megatron.checkpoint.newest import open_newest
 from megatron.checkpoint.places import LATEST, STATE, iterations
 from megatron.checkpoint.store import WithOptimizer, in_order, read_state
-from megatron.checkpoint.stored import Checkpoint
 from megatron.config import CheckpointConfig, Config
 from megatron.config.data import VOCABULARIES
 from megatron.config.declaration import as_given, flag_name, in_words
@@ -72,7 +72,7 @@ def find_checkpoint(config: CheckpointConfig, optimizer: str, world: Axis, log: 
     wants_optimizer: WithOptimizer = not (config.finetune or config.no_load_optim)
     if config.no_load_optim and is_same_run:
         wants_optimizer = partial(_is_of_fresh_start, optimizer)
-    checkpoint = newest(config.load, world, log, wants_optimizer)
+    checkpoint = open_newest(config.load, world, log, wants_optimizer)
     if checkpoint is None:
         check_fresh_start(config, is_same_run)
         log.line(f"no checkpoint in {config.load} yet: starting from random weights")

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
+from megatron.checkpoint.contents import Checkpoint, content_of
 from megatron.checkpoint.loading import load_average, load_model, load_optimizer, with_padding_of
 from megatron.checkpoint.saving import parts_of
-from megatron.checkpoint.stored import Checkpoint, content_of
 from megatron.config import CheckpointConfig, Config
 from megatron.config.declaration import shown
 from megatron.data.batches.batch import BatchShape, batch_shape
@@ -25,7 +25,6 @@ from megatron.parallel.mesh import Mesh
 from megatron.parallel.placement import Part
 from megatron.parallel.sameness import SAME_FILES, check_same
 from megatron.train.guards.spikes import SpikeJudge
-from megatron.train.setup.course import chosen_schedule
 from megatron.train.setup.precision import set_tf32, with_precision_chosen
 from megatron.train.setup.resume import (
     differences,
@@ -35,6 +34,7 @@ from megatron.train.setup.resume import (
     refuse_changes,
     started_again,
 )
+from megatron.train.setup.schedule import chosen_schedule
 from megatron.train.setup.ways import set_deterministic, set_flash_attention, ways
 from megatron.train.state import BatchSizes, TrainState
 from megatron.train.step.engine import Engine, build_engine, stream_of
@@ -200,8 +200,8 @@ def _go_on(run: Run, checkpoint: Checkpoint) -> None:
     if training.train_iters is not None and facts["config"]["global_batch_size"] != saved["config"].get(
             "global_batch_size"):
         end = run.state.consumed_samples + (training.train_iters - run.state.iteration) * run.sizes.final
-        run.log.line(f"note: --train-iters {training.train_iters} now ends after {end} samples, and the course of the "
-                     f"learning rate after {run.schedule.decay_samples}")
+        run.log.line(f"note: --train-iters {training.train_iters} now ends after {end} samples, and the "
+                     f"learning-rate schedule after {run.schedule.decay_samples}")
 
 
 def _build_engine(config: Config, mesh: Mesh, vocab: Vocab, checkpoint: Checkpoint | None) -> Engine:

@@ -7,9 +7,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from megatron.checkpoint.contents import Checkpoint
 from megatron.checkpoint.metrics import OF_AVERAGE, evaluations_of, loss_name, read_records
 from megatron.checkpoint.places import METRICS_FILE
-from megatron.checkpoint.stored import Checkpoint
 
 CARD = "README.md"
 _LICENCE = re.compile(r"^license:\s*([A-Za-z0-9.\-]{1,40})\s*$", re.MULTILINE)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron.checkpoint.contents import Box, Checkpoint, StoredTensor, one_piece, stored
 from megatron.checkpoint.convert.failures import new_checkpoint, readable, refuse_layout
 from megatron.checkpoint.convert.families import flags
 from megatron.checkpoint.convert.families.names import FAIR_ESM, family_tensors, their_names
@@ -25,7 +26,6 @@ from megatron.checkpoint.convert.families.vocabularies import vocabulary_of
 from megatron.checkpoint.convert.torch_files import has_mark, read_torch_file
 from megatron.checkpoint.convert.torch_writing import write_torch_file
 from megatron.checkpoint.convert.vocabulary import WORDS, with_rows
-from megatron.checkpoint.stored import Box, Checkpoint, StoredTensor, one_piece, stored
 from megatron.data.corpus.vocab import Vocab
 from megatron.errors import CheckpointError
 from megatron.files import sync

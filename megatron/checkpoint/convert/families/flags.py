@@ -11,8 +11,8 @@ from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any
 
+from megatron.checkpoint.contents import Checkpoint
 from megatron.checkpoint.convert.megatron_v2.arguments import fits
-from megatron.checkpoint.stored import Checkpoint
 from megatron.config import DataConfig, ModelConfig
 from megatron.data.corpus.vocab import Vocab
 from megatron.errors import CheckpointError

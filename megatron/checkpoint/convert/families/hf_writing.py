@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from megatron.checkpoint.contents import Checkpoint, StoredTensor, stored
 from megatron.checkpoint.convert.families import flags
 from megatron.checkpoint.convert.families.card import CARD, card_of
 from megatron.checkpoint.convert.families.names import HF_BERT, HF_ESM, OURS, POSITIONS, Table, family_tensors
@@ -14,7 +15,6 @@ from megatron.checkpoint.convert.families.reading import TYPES, rotary_frequenci
 from megatron.checkpoint.convert.families.tokenizer import tokenizer_files
 from megatron.checkpoint.convert.families.vocabularies import vocabulary_of
 from megatron.checkpoint.convert.vocabulary import BIAS, OUTPUT, with_rows
-from megatron.checkpoint.stored import Checkpoint, StoredTensor, stored
 from megatron.checkpoint.tensor_file import write_tensors
 from megatron.data.corpus.tokenizer_folder import LINES
 from megatron.data.corpus.vocab import Vocab

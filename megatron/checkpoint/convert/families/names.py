@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.checkpoint.stored import Box, Checkpoint, Piece, StoredTensor, Tensors, one_piece
+from megatron.checkpoint.contents import Box, Checkpoint, Piece, StoredTensor, Tensors, one_piece
 from megatron.config import ModelConfig, PrecisionConfig
 from megatron.errors import CheckpointError
 from megatron.model.protein_model import ProteinModel

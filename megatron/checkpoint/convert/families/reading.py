@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
+from megatron.checkpoint.contents import Checkpoint, StoredTensor, Tensors, stored
 from megatron.checkpoint.convert.families.names import POSITIONS, Table, our_tensors, shapes_of, their_names
 from megatron.checkpoint.convert.token_types import NOTE, left_out, with_first_type
 from megatron.checkpoint.convert.vocabulary import BIAS, OUTPUT, WORDS, rows_for, with_rows
-from megatron.checkpoint.stored import Checkpoint, StoredTensor, Tensors, stored
 from megatron.errors import CheckpointError
 from megatron.kernels.rotary import PRECISIONS, frequencies_of
 

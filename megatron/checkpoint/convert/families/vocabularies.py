@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron.checkpoint.contents import Checkpoint
 from megatron.checkpoint.convert.vocabulary import WORDS, rows_for
-from megatron.checkpoint.stored import Checkpoint
 from megatron.config.data import VOCABULARIES
 from megatron.data.corpus.tokenizer_folder import (
     LINES,

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import torch
 from torch import Tensor
 
+from megatron.checkpoint.contents import Box, Piece, StoredTensor, are_a_whole
 from megatron.checkpoint.convert.torch_files import LONGEST_PICKLE, check_torch_file, read_torch_file
 from megatron.checkpoint.convert.torch_pickle import PickledObject, load_torch_pickle
-from megatron.checkpoint.stored import Box, Piece, StoredTensor, are_a_whole
 from megatron.errors import CheckpointError
 from megatron.files import sync
 

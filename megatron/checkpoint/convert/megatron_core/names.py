@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
+from megatron.checkpoint.contents import StoredTensor, Tensors
 from megatron.checkpoint.convert.megatron_v2.names import num_layers, parameter_names
 from megatron.checkpoint.convert.token_types import NOTE, left_out, with_first_type
 from megatron.checkpoint.convert.vocabulary import WORDS
-from megatron.checkpoint.stored import StoredTensor, Tensors
 from megatron.errors import CheckpointError
 
 OUTPUT = "output_layer.weight"  # if tied: the last pipeline stage's copy of the word embedding

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron.checkpoint.contents import Checkpoint, StoredTensor, Tensors, joined, split
 from megatron.checkpoint.convert.megatron_core.arguments import checkpoint_of
 from megatron.checkpoint.convert.megatron_core.names import LAYER_EXTRAS, OUTPUT, OUTPUT_EXTRA, is_extra
 from megatron.checkpoint.convert.megatron_core.weights import weights_of
@@ -18,7 +19,6 @@ from megatron.checkpoint.convert.megatron_v2.places import any_file, find_place
 from megatron.checkpoint.convert.megatron_v2.rank_files import read_rank_files, write_rank_files
 from megatron.checkpoint.convert.torch_files import has_mark
 from megatron.checkpoint.convert.vocabulary import WORDS
-from megatron.checkpoint.stored import Checkpoint, StoredTensor, Tensors, joined, split
 from megatron.errors import CheckpointError
 
 

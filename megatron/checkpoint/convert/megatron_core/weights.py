@@ -4,12 +4,12 @@ from typing import Any
 
 import torch
 
+from megatron.checkpoint.contents import Checkpoint, StoredTensor
 from megatron.checkpoint.convert.megatron_core.arguments import their_arguments
 from megatron.checkpoint.convert.megatron_core.names import their_name
 from megatron.checkpoint.convert.megatron_v2.names import num_layers, parameter_names
 from megatron.checkpoint.convert.megatron_v2.rank_files import check_divisions
 from megatron.checkpoint.convert.vocabulary import WORDS, rows_for, with_rows
-from megatron.checkpoint.stored import Checkpoint, StoredTensor
 from megatron.errors import CheckpointError
 
 _VERSION = 3.0

@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 
+from megatron.checkpoint.contents import Checkpoint
 from megatron.checkpoint.convert.megatron_v2.names import num_layers
 from megatron.checkpoint.convert.megatron_v2.places import RELEASE
 from megatron.checkpoint.convert.vocabulary import WORDS
-from megatron.checkpoint.stored import Checkpoint
 from megatron.config import Config
 from megatron.config.declaration import flag_name
 from megatron.config.schedule import LR_DECAY_STYLES
 from megatron.errors import CheckpointError
-from megatron.optim.schedule import schedule_of as course_of
+from megatron.optim.schedule import schedule_of as rates_of
 
 # Sections of flags that mean the same there as here. Layout, paths and logging belong to each run.
 _SECTIONS = ("model", "data", "optimizer", "schedule", "precision", "training")
@@ -105,11 +105,11 @@ def schedule_of(tree: Mapping[str, Any]) -> dict[str, Any] | None:
             if "num_iters" in facts:
                 rows = _rows_a_step(arguments_in(tree))
                 schedule |= {name: schedule[name] * rows for name in ("warmup_samples", "decay_samples", "num_samples")}
-            return _with_later_courses(schedule, facts, arguments_in(tree))
+            return _with_later_styles(schedule, facts, arguments_in(tree))
     return None
 
 
-def _with_later_courses(schedule: dict[str, Any], facts: Mapping[str, Any],
+def _with_later_styles(schedule: dict[str, Any], facts: Mapping[str, Any],
                         given: Mapping[str, Any]) -> dict[str, Any] | None:
     """The schedule with what later schedulers of Megatron-LM added: WSD's decay, and a growing weight decay.
 
@@ -172,7 +172,7 @@ def learning_rate(state: Mapping[str, Any]) -> float:
     schedule = state.get("schedule")
     if schedule is None or schedule["lr_decay_style"] not in LR_DECAY_STYLES:
         return 0.0
-    return course_of(schedule).learning_rate(state["progress"]["consumed_samples"])
+    return rates_of(schedule).learning_rate(state["progress"]["consumed_samples"])
 
 
 def arguments_of(checkpoint: Checkpoint, num_tensor: int, num_pipeline: int, dtype: torch.dtype) -> dict[str, Any]:

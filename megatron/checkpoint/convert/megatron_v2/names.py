@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.checkpoint.stored import Box, Piece, StoredTensor
+from megatron.checkpoint.contents import Box, Piece, StoredTensor
 from megatron.errors import CheckpointError
 
 HEAD_COPY = "word_embeddings_for_head.weight"  # the last pipeline stage's copy of the tied embedding

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
+from megatron.checkpoint.contents import StoredTensor
 from megatron.checkpoint.convert.megatron_v2.names import NamedParameter, decays
 from megatron.checkpoint.convert.torch_pickle import PickledObject
-from megatron.checkpoint.stored import StoredTensor
 from megatron.errors import CheckpointError
 
 _HALVES = (torch.float16, torch.bfloat16)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from megatron.checkpoint.contents import Checkpoint, StoredTensor, split
 from megatron.checkpoint.convert.megatron_v2.arguments import arguments_of, learning_rate, scheduler_of
 from megatron.checkpoint.convert.megatron_v2.names import (
     decays,
@@ -20,7 +21,6 @@ from megatron.checkpoint.convert.megatron_v2.names import (
 from megatron.checkpoint.convert.megatron_v2.randomness import random_states
 from megatron.checkpoint.convert.megatron_v2.rank_files import check_divisions, write_rank_files
 from megatron.checkpoint.convert.vocabulary import BIAS, WORDS, rows_for, with_rows
-from megatron.checkpoint.stored import Checkpoint, StoredTensor, split
 from megatron.errors import CheckpointError
 
 _VERSION = 3.0

@@ -10,7 +10,7 @@ from megatron.errors import SaveError
 GOES_ON = "The run goes on, and the next save tries again"
 
 
-class PatientSaver(Saver):
+class TolerantSaver(Saver):
     """A Saver that logs a failed save instead of raising; the next save tries again."""
 
     _outlook = GOES_ON

@@ -1,7 +1,7 @@
 """Chooses the schedule of learning rate and weight decay: the flags', or that of the checkpoint being resumed."""
 
+from megatron.checkpoint.contents import Checkpoint
 from megatron.checkpoint.places import LATEST
-from megatron.checkpoint.stored import Checkpoint
 from megatron.config import Config
 from megatron.config.schedule import LR_DECAY_STYLES
 from megatron.errors import CheckpointError
@@ -42,7 +42,7 @@ def _kept(flags: Schedule, checkpoint: Checkpoint, num_samples: int, log: Log) -
     """
     schedule = schedule_of(checkpoint.state["schedule"])
     if schedule.lr_decay_style not in LR_DECAY_STYLES:
-        raise CheckpointError(f"--use-checkpoint-lr-scheduler: the course in {checkpoint.path} is "
+        raise CheckpointError(f"--use-checkpoint-lr-scheduler: the schedule in {checkpoint.path} is "
                               f"{schedule.lr_decay_style}, which is not known here; give --override-lr-scheduler")
     if (schedule.weight_decay_incr_style is None) != (flags.weight_decay_incr_style is None):
         raise CheckpointError("--use-checkpoint-lr-scheduler: --weight-decay-incr-style is "
@@ -51,7 +51,7 @@ def _kept(flags: Schedule, checkpoint: Checkpoint, num_samples: int, log: Log) -
                               "--override-lr-scheduler")
     if schedule.lr_decay_style != "constant" and num_samples > schedule.decay_samples:
         log.line(f"note: --use-checkpoint-lr-scheduler: {schedule.notice_of_the_rest(num_samples)}; "
-                 "--override-lr-scheduler takes the flags' course in its place")
+                 "--override-lr-scheduler takes the flags' schedule in its place")
     return schedule
 
 
@@ -76,9 +76,9 @@ def _check(schedule: Schedule, checkpoint: Checkpoint, fraction: float | None, b
     hint, batch_before = "", checkpoint.state["config"].get("global_batch_size", batch_size)
     if name.endswith("_samples") and batch_size != batch_before:
         hint = (f" (--global-batch-size is {batch_size}, it was {batch_before}: as many iterations are then another "
-                "course)")
+                "schedule)")
     elif name == "weight_decay_incr_samples":
-        hint = " (--weight-decay-incr-style is a course over the whole run, which so cannot be prolonged)"
+        hint = " (--weight-decay-incr-style is a schedule over the whole run, which so cannot be prolonged)"
     elif name == "warmup_samples" and fraction:
         hint = (f" (--lr-warmup-fraction {fraction:g} is of the decay, and so of --train-iters; "
                 "--lr-warmup-iters or --lr-warmup-samples is not)")

@@ -1,4 +1,4 @@
-"""Learning rates and weight decay go on along their courses, also in a run that is made longer."""
+"""Learning rates and weight decay go on along their schedules, also in a run that is made longer."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def test_a_warm_up_that_grows_with_the_run_is_another_course(run):
 def test_a_run_that_is_longer_than_the_course_of_its_checkpoint_says_so(begun):
     begun("--train-iters", 12, "--use-checkpoint-lr-scheduler", "--exit-interval", 5)
     assert [note for note in begun.notes() if "decayed after 16 samples, and the run ends after 24: all between are "
-            "trained at --min-lr 0.0001; --override-lr-scheduler takes the flags' course in its place" in note]
+            "trained at --min-lr 0.0001; --override-lr-scheduler takes the flags' schedule in its place" in note]
 
 
 def test_sgd_without_momentum_keeps_nothing_and_goes_on_all_the_same(run, tmp_path):
@@ -69,5 +69,5 @@ def test_a_run_with_a_course_of_cautious_weight_decay_goes_on_as_if_it_had_not_s
     assert "end weight decay of the learning-rate schedule is 8.0, in the checkpoint 9.0" in run.error(
         *flags, "--end-weight-decay", 8)
     assert ("weight decay incr samples of the learning-rate schedule is 24, in the checkpoint 16 (--weight-decay-incr-"
-            "style is a course over the whole run, which so cannot be prolonged)") in run.error(
+            "style is a schedule over the whole run, which so cannot be prolonged)") in run.error(
                 *flags, "--lr-decay-iters", 8, "--train-iters", 12)

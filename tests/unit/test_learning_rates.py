@@ -90,7 +90,7 @@ def test_a_checkpoint_keeps_the_whole_of_a_schedule():
     assert schedule_of(older) == schedule("cosine")
 
 
-def test_the_courses_of_megatron_core_are_read_from_its_scheduler_and_arguments():
+def test_the_schedules_of_megatron_core_are_read_from_its_scheduler_and_arguments():
     course = {"max_lr": 1.0, "min_lr": 0.1, "lr_warmup_steps": 0, "num_steps": 8, "lr_decay_style": "WSD",
               "lr_decay_steps": 400, "wd_incr_style": "linear", "wd_incr_steps": 400, "start_wd": 0.1, "end_wd": 0.5}
     given = Namespace(lr_wsd_decay_iters=25, lr_wsd_decay_style="cosine", global_batch_size=4)
@@ -142,12 +142,12 @@ def test_a_run_whose_wsd_does_not_decay_or_is_over_too_soon_is_told():
     ("--lr-wsd-decay-style linear", "--lr-wsd-decay-style linear is about --lr-decay-style WSD"),
     ("--lr-decay-style inverse-square-root --lr-warmup-fraction 0", "there is none; give --lr-warmup-iters"),
     ("--weight-decay-incr-style linear", "goes from --start-weight-decay to --end-weight-decay; give both"),
-    ("--start-weight-decay 0.1", "--start-weight-decay 0.1 is of a course, and --weight-decay-incr-style is constant"),
+    ("--start-weight-decay 0.1", "is of a schedule, and --weight-decay-incr-style is constant"),
     ("--weight-decay-incr-style cosine --start-weight-decay 0.2 --end-weight-decay 0.1", "0.2 is above"),
     ("--weight-decay-incr-style cosine --start-weight-decay 0 --end-weight-decay 0.1 --weight-decay 0.3",
      "--weight-decay 0.3 is constant, and --weight-decay-incr-style is cosine; leave it out"),
 ])
-def test_a_course_that_makes_no_sense_is_refused_in_a_line(flags, message):
+def test_a_schedule_that_makes_no_sense_is_refused_in_a_line(flags, message):
     with pytest.raises(ConfigError) as caught:
         parse(["--preset", "demo", *flags.split()])
     assert message in str(caught.value) and "\n" not in str(caught.value)
