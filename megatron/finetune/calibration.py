@@ -9,6 +9,7 @@ from typing import Any
 from megatron.errors import ConfigError, DivergedError
 from megatron.files import write_json
 from megatron.finetune.data.tasks import METRICS
+from megatron.finetune.flags import first_change
 from megatron.finetune.training import FineTuning, Job
 from megatron.parallel.collectives import all_gather_object
 
@@ -56,7 +57,7 @@ def _chosen(path: Path, identity: Mapping[str, Any]) -> float | None:
     """The learning rate that an earlier run with the same flags has chosen."""
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-        return float(fields["lr"]) if fields["flags"] == identity else None
+        return float(fields["lr"]) if first_change(fields["flags"], identity) is None else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from megatron.config import Config, OptimizerConfig
 from megatron.config.command_line import OneLineParser, add_section_flags, check_section, left_open, parse
-from megatron.config.declaration import flag, fraction, not_negative, positive, with_tuples
+from megatron.config.declaration import flag, fraction, not_negative, positive, shown, with_tuples
 from megatron.config.lora import LoraConfig
 from megatron.errors import ConfigError
 from megatron.finetune.data.tasks import LABEL_KEYS, LABEL_KINDS, SEQUENCE_KEYS, TASK_NAMES, Task, split_files, task_of
@@ -80,6 +80,15 @@ _TAKEN: Mapping[str, frozenset[str]] = {
     "checkpoint": frozenset(("save", "load", "save_interval")),
     "logging": frozenset(("log_interval",)),
 }
+# In these a run may differ from the one that it goes on with: they change no result, or only roundings and dropout's
+# masks; and files are compared by what is in them.
+_FREE = {item.name for item in fields(Config().parallel)} | set(
+    "load save save_interval exit_interval exit_duration_in_mins log_interval seeds train_data valid_data "
+    "test_data attention_backend checkpoint_activations checkpoint_num_layers distribute_checkpointed_activations "
+    "recompute_granularity micro_batch_size compile flash_attention".split())
+_IN_WORDS = {"task": "the task", "data": "the content of the task's files", "weights": "the content of --load",
+             "seed": "the seed", "steps": "the number of steps", "began_from": "the iteration of --load",
+             "proteins": "the number of proteins"}
 _MICRO_BATCH, _GLOBAL_BATCH, _WARMUP, _LOG_INTERVAL = 2, 8, 0.1, 10
 _LR, _LR_OF_LITTLE = 1e-4, 1e-3  # of a whole model, and of a head or adapters beside one that stays
 # Under Muon --lr is of the head alone: the model's groups have rates of their own. AdamW steps its matrices, whose best
@@ -144,13 +153,27 @@ class Flags:
         return OptimizerConfig(optimizer=self.others.get("optimizer", "adam")).uses_muon
 
     def identity(self) -> dict[str, Any]:
-        """What two runs must have in common to give the same results but for their seeds, as JSON."""
-        free = {"save", "save_interval", "exit_interval", "exit_duration_in_mins", "log_interval", "local_rank",
-                "distributed_timeout_minutes"}
+        """What two runs must have in common to give the same results, up to rounding and but for their seeds, as JSON.
+        """
         values = {**vars(self.task), **vars(self.finetune), **(vars(self.lora) if self.lora else {}), **self.others,
                   "task": self.task_name}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()
-                if name not in free | {"seeds"}}
+                if name not in _FREE}
+
+
+def first_change(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """The first thing in which a run differs from an earlier one, in words, by what `identity` gave; None if nothing.
+
+    Besides flags, both may have the keys of `_IN_WORDS`.
+    """
+    for name in [*before, *(name for name in now if name not in before)]:
+        is_other = name not in _FREE and before.get(name) != now.get(name)
+        if is_other and name in _IN_WORDS:
+            return f"{_IN_WORDS[name]} is not what it was"
+        if is_other:
+            words = ("not given" if value is None else shown(value) for value in (now.get(name), before.get(name)))
+            return "--{} is {}, it was {} before".format(name.replace("_", "-"), *words)
+    return None
 
 
 def parse_flags(argv: Sequence[str], description: str) -> Flags:

@@ -22,6 +22,7 @@ from megatron.checkpoint.newest import open_newest
 from megatron.checkpoint.saving import parts_of
 from megatron.config import Config
 from megatron.errors import ConfigError
+from megatron.finetune.flags import first_change
 from megatron.log import Log
 from megatron.train.step.engine import Engine
 from megatron.train.step.meters import Meters
@@ -58,8 +59,8 @@ class Progress:
 class Unfinished:
     """The checkpoints of a training in progress, of which the newest is kept; all ranks must call its methods together.
 
-    `work`: what must be unchanged for a training to continue (flags, data, steps), as JSON. Raises ConfigError if the
-    folder holds another training.
+    `work`: what must be unchanged for a training to continue, in whatever layout: "flags" (`Flags.identity`), data,
+    steps; as JSON. Raises ConfigError if the folder holds another training.
     """
 
     def __init__(self, folder: Path, config: Config, engine: Engine, log: Log, claim: Claim | None,
@@ -68,9 +69,10 @@ class Unfinished:
         self._claim, self._work = claim, work
         self._saver: TolerantSaver | None = None
         self._found = open_newest(str(self._folder), engine.mesh.world, log)
-        if self._found is not None and self._found.state.get("work") != self._work:
-            raise ConfigError(f"--save {folder} holds the beginning of a run with other flags, data or global batch; "
-                              f"to go on with it give these, else name a new folder, or remove {self._folder}")
+        change = None if self._found is None else first_change(_flat(self._found.state["work"]), _flat(work))
+        if change is not None:
+            raise ConfigError(f"--save {folder} holds the beginning of another run: {change}; to go on with that give "
+                              f"what it had, else name a new folder, or remove {self._folder}")
 
     def go_on(self, meters: Meters) -> tuple[Progress, dict[str, Tensor]]:
         """Restore the newest checkpoint, and return the progress and the best weights so far; starts at 0 if there is
@@ -90,6 +92,9 @@ class Unfinished:
         if progress.best_at != progress.iteration:
             load_average(best, trained, checkpoint)
         self._log.line(f"going on from iteration {progress.iteration} in {self._folder}")
+        rows, rows_before = self._config.training.micro_batch_size, checkpoint.state.get("micro_batch_size")
+        if rows_before not in (None, rows):
+            self._log.line(f"note: --micro-batch-size is {rows}, it was {rows_before} before: dropout masks differ")
         return progress, best
 
     def copied(self) -> dict[str, Tensor]:
@@ -115,6 +120,7 @@ class Unfinished:
             parts_of(self._trained(), engine.optimizer.state(),
                      None if progress.best_at == progress.iteration else best),
             {"iteration": progress.iteration, "progress": progress.state(), "work": self._work,
+             "micro_batch_size": self._config.training.micro_batch_size,
              "loss_scale": engine.loss_scale.state(), "fp8_amaxes": engine.amaxes.state(), "meters": meters.state()})
 
     def check(self) -> None:
@@ -131,6 +137,11 @@ class Unfinished:
 
     def _trained(self) -> dict[str, torch.nn.Parameter]:
         return {name: parameter for name, parameter in self._engine.model.parameters.items() if parameter.requires_grad}
+
+
+def _flat(work: Mapping[str, Any]) -> dict[str, Any]:
+    others = {name: value for name, value in work.items() if name not in ("flags", "rows")}
+    return {"global_batch_size": work["rows"], **work["flags"], **others}
 
 
 def remove_unfinished(folder: Path) -> None:

@@ -21,7 +21,7 @@ from megatron.finetune.calibration import with_best_rate
 from megatron.finetune.data.examples import TaskData, load_task
 from megatron.finetune.data.labels import class_weights
 from megatron.finetune.data.tasks import METRICS, NUMBER, NUMBERS, WITHOUT_CLASSES
-from megatron.finetune.flags import Flags, task_and_files
+from megatron.finetune.flags import Flags, first_change, task_and_files
 from megatron.finetune.heads import HeadSpec
 from megatron.finetune.model import TASK_FILE, Described
 from megatron.finetune.predictions.metrics import spread, with_spread
@@ -167,9 +167,10 @@ def _done(folder: Path, identity: Mapping[str, Any], seed: int) -> Report | None
             raise ConfigError(f"--save {folder} holds another run, which would be lost; name a new folder")
         return None
     report: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    if report.get("flags") != identity or report.get("seed") != seed:
-        raise ConfigError(f"--save {folder} holds the report of other flags, data or weights, or of another seed; name "
-                          "a new folder")
+    change = f"--seeds were {' '.join(report['seeds'])}" if "seeds" in report else first_change(
+        {**report["flags"], "seed": report["seed"]}, {**identity, "seed": seed})
+    if change is not None:
+        raise ConfigError(f"--save {folder} holds the report of another run: {change}; name a new folder")
     return dict(report)
 
 

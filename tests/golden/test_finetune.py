@@ -310,7 +310,7 @@ def test_seeds_have_a_model_each_and_the_same_command_does_none_again(taught, ba
     assert said.count("is done already") == 2 and "training, seed" not in said
     assert report_of(tmp_path / "out")["seeds"].keys() == {"1", "2", "3"}
     assert finetune(*command, 1, 2, "--pooling", "cls") == 2
-    assert "holds the report of other flags" in capsys.readouterr().err
+    assert "holds the report of another run: --pooling is cls, it was mean before" in capsys.readouterr().err
 
 
 def test_the_rate_is_taken_that_is_best_by_validation(taught, base, tmp_path, capsys):
@@ -414,7 +414,7 @@ def test_other_labels_and_other_weights_are_another_run(base, taught, tmp_path, 
     records = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()]
     records[0]["label"] += 1
     json_lines(data / "train.jsonl", records)
-    assert "holds the report of other flags, data or weights" in refusal(capsys, *command)
+    assert "of another run: the content of the task's files is not what it was" in refusal(capsys, *command)
 
 
 def test_a_rate_that_diverges_is_not_chosen(base, taught, tmp_path, capsys):

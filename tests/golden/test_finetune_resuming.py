@@ -3,6 +3,9 @@
 import json
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +16,7 @@ from megatron.train.step.train_step import TrainStep
 from tests.golden.test_finetune import MODEL, finetune, refusal, report_of, task
 from tests.unit.test_pretrained import saved
 
+ROOT = Path(__file__).resolve().parents[2]
 # A few rows a step and several steps an epoch; dropout, and momenta of every optimizer.
 COMMON = ["--epochs", 3, "--lr", 3e-2, "--bootstrap", 10, "--global-batch-size", 2, "--micro-batch-size", 1,
           "--log-interval", 3, "--patience", 0, "--hidden-dropout", 0.1]
@@ -120,7 +124,29 @@ def test_a_seed_that_dies_behind_its_last_step_takes_none_again(command, undistu
 def test_a_beginning_of_another_run_is_not_gone_on_from(command, tmp_path, capsys):
     assert command("head", tmp_path / "out", "--exit-interval", 2) == 0
     assert command("head", tmp_path / "out", "--pooling", "cls") == 2
-    assert "holds the beginning of a run with other flags" in capsys.readouterr().err
+    assert "holds the beginning of another run: --pooling is cls, it was mean before" in capsys.readouterr().err
+    assert command("head", tmp_path / "out", "--global-batch-size", 4) == 2
+    assert "--global-batch-size is 4, it was 2 before; to go on with that give what it had" in capsys.readouterr().err
+
+
+def test_a_run_goes_on_in_another_layout_and_is_done_for_all_of_them(base, data, tmp_path, capsys):
+    """As where memory ran out: other micro-batches, recomputation, ranks."""
+    flags = ["own", "--load", base, "--data", data, "--train-iters", 8, "--global-batch-size", 4, "--head-dropout", 0,
+             "--hidden-dropout", 0, "--attention-dropout", 0, "--bootstrap", 0, "--log-interval", 1]
+    assert finetune(*flags, "--save", tmp_path / "alone") == 0
+    out = tmp_path / "out"
+    launch = [sys.executable, "-m", "megatron.parallel.launch", "--nproc-per-node", "2", "tools/finetune.py"]
+    subprocess.run([*launch, *map(str, flags), "--save", str(out), "--tensor-model-parallel-size", "2",
+                    "--exit-interval", "3"], cwd=ROOT, check=True, capture_output=True)
+    capsys.readouterr()
+    assert finetune(*flags, "--save", out, "--checkpoint-activations", "--micro-batch-size", 1) == 0
+    said = capsys.readouterr().out
+    assert f"going on from iteration 3 in {out / UNFINISHED}" in said
+    assert "note: --micro-batch-size is 1, it was 2 before: dropout masks differ" in said
+    losses, alone = ([record["loss"] for record in content(folder)[2] if record["kind"] == "train"]
+                     for folder in (out, tmp_path / "alone"))
+    assert len(losses) == 8 and losses == pytest.approx(alone, rel=1e-5)
+    assert finetune(*flags, "--save", out) == 0 and "seed 1234 is done already" in capsys.readouterr().out
 
 
 def test_a_rate_that_was_chosen_is_not_looked_for_again(base, data, tmp_path, capsys):
