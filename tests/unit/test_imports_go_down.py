@@ -155,7 +155,7 @@ def test_a_module_on_no_floor_is_refused() -> None:
 
 def test_the_readmes_map_lists_the_floors_from_the_highest_to_the_lowest() -> None:
     _, _, text = (ROOT / "README.md").read_text(encoding="utf-8").partition("\nmegatron/\n")
-    listed = re.findall(r"(?m)^  (\w+)/ ", text.partition("imports only from folders further down")[0])
+    listed = re.findall(r"(?m)^  (\w+)/ ", text.partition("imports only from those further down")[0])
     heights = [HEIGHT[f"megatron.{name}"] for name in listed]
     assert len(listed) > 10 and heights == sorted(heights, reverse=True)
 
