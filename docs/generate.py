@@ -37,7 +37,7 @@ DESCRIBED = {
     "A checkpoint in whole files": "megatron.checkpoint.whole", "metrics.jsonl": "megatron.train.observation.events",
     "A contact head beside a checkpoint": "megatron.checkpoint.contact_head",
     "Adapters": "megatron.checkpoint.lora.peft_files",
-    "Megatron-LM v2 and ProteinLM": "megatron.checkpoint.convert.megatron_v2",
+    "Megatron-LM v2 and ProteinLM": "megatron.checkpoint.convert.megatron_v2.places",
     "Folders of transformers": "megatron.checkpoint.convert.families.hf",
     "Tokenizers of transformers": "megatron.data.corpus.tokenizer_folder",
     "Files of fair-esm": "megatron.checkpoint.convert.families.esm",

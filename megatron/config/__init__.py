@@ -1,7 +1,13 @@
 """The configuration of a run: a frozen dataclass for each section, with a field for each flag.
 
-A field declares its flag's default, help text and check; `megatron.config.command_line` derives the command line from
-it. Flags are spelled as in Megatron-LM. A component receives only the section that it needs.
+A field declares its flag's default, help text and check (`declaration`); `command_line` derives the command line from
+all of them. Flags are spelled as in Megatron-LM. A component receives only the section that it needs.
+
+Sections: `model`, `data`, `optimizer`, `schedule`, `precision`, `parallel`, `training` (how long, in which batches),
+`guards` (steps that go wrong), `checkpoint`, `logging`; for fine-tuning also `lora`.
+
+Rooms: `presets/` (named sets of flags), `reading/` (flags and files, merged and checked), `telling/` (help, shell
+completion, configuration files written).
 """
 
 from dataclasses import dataclass, field, fields

@@ -160,10 +160,14 @@ def test_the_readmes_map_lists_the_floors_from_the_highest_to_the_lowest() -> No
     assert len(listed) > 10 and heights == sorted(heights, reverse=True)
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "megatron").rglob("__init__.py")), ids=lambda file: file.parent.name)
-def test_the_rooms_that_a_folder_names_are_there(file: Path) -> None:
-    rooms = re.findall(r"`([a-z_/]+)/`", ast.get_docstring(ast.parse(file.read_text())) or "")
-    assert [room for room in rooms if not (file.parent / room).is_dir()] == []
+@pytest.mark.parametrize("file", sorted((ROOT / "megatron").glob("*/**/__init__.py")),
+                         ids=lambda file: ".".join(file.relative_to(ROOT).parts[1:-1]))
+def test_a_folder_names_each_module_and_room_that_is_there_and_no_other(file: Path) -> None:
+    """As `module` and `room/`; what a docstring names besides is written otherwise: `function()`, `Class`, "value"."""
+    named = re.findall(r"`([a-z]\w*/?)`", ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "")
+    modules = {path.stem for path in file.parent.glob("*.py")}
+    rooms = {f"{path.parent.name}/" for path in file.parent.glob("*/*.*")}
+    assert {*named} == {name for name in modules | rooms if not name.startswith(("_", "."))}
 
 
 def test_no_two_classes_of_the_program_have_one_name():

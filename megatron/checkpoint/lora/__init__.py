@@ -1,1 +1,1 @@
-"""Low-rank adapters in checkpoints: writing peft's files, and merging adapters into the weights."""
+"""Low-rank adapters in checkpoints: `merging` adds them to the weights, `peft_files` writes them in peft's files."""

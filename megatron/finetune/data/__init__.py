@@ -1,1 +1,6 @@
-"""Labelled proteins: tasks and their files, labels of every kind, examples in memory, micro-batches of packed rows."""
+"""Labelled proteins: from files to micro-batches of packed rows.
+
+`tasks` defines tasks by the kind of their labels, keys and files; `record` is a protein as a file has it, `labels`
+reads its label of any kind (`contacts` those that are pairs of residues), `examples` holds all in memory, `batches`
+packs them.
+"""

@@ -1,1 +1,1 @@
-"""What a taught model says of proteins: collected from any layout, measured, and written into files."""
+"""What a taught model says of proteins: `collected` from any layout, measured by `metrics`, written into `files`."""

@@ -1,5 +1,8 @@
 """What a block does between its matrix products, each in one pass over memory on GPUs.
 
 A file an operation (`residual_norm`, `activation`, `heads`, `convolution`): plain PyTorch, the way by Triton's kernels,
-the chooser. The kernels themselves lie in the files that end in `_triton`, which alone import Triton.
+the chooser. `compiled` has the operations on CPUs, `product` is a product whose bias the next may add.
+
+The Triton kernels lie in files of their own, which alone import Triton: `residual_norm_triton`, `activation_triton`,
+`heads_triton` (with `head_rows_triton`), `convolution_triton`.
 """

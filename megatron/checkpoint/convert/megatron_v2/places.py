@@ -1,4 +1,11 @@
-"""Finds and names the files of a Megatron checkpoint."""
+"""Finds and names the files of a checkpoint of Megatron-LM v2 or ProteinLM.
+
+FOLDER/latest_checkpointed_iteration.txt                   an iteration as decimal text, or `release`
+FOLDER/iter_0000100/mp_rank_TT[_PPP]/model_optim_rng.pt    tensor rank TT of pipeline rank PPP, saved by torch.save
+FOLDER/release/mp_rank_TT[_PPP]/model_optim_rng.pt         weights only
+
+Any tensor- and pipeline-parallel size, in fp32, fp16 or bf16. Not supported: the distributed optimizer and experts.
+"""
 
 import re
 from dataclasses import dataclass

@@ -1,1 +1,1 @@
-"""Readers of binary files: Parquet, Arrow, and TAPE's LMDB."""
+"""Readers of binary files: `parquet` and `arrow`, by the `columns` of their tables, and `tape_lmdb`, TAPE's LMDB."""
