@@ -22,10 +22,12 @@ WAYS: dict[str, dict[str, Any]] = {
 ROWS = 12
 
 
-def make_model():
+def make_model(widths: tuple[int, int] = (7, 3)) -> torch.nn.Sequential:
     """Layers whose rows do not divide evenly by the ranks, one of them fewer than ranks."""
     torch.manual_seed(0)
-    return torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.GELU(), torch.nn.Linear(7, 3), torch.nn.Linear(3, 1))
+    wide, narrow = widths
+    return torch.nn.Sequential(torch.nn.Linear(5, wide), torch.nn.GELU(), torch.nn.Linear(wide, narrow),
+                               torch.nn.Linear(narrow, 1))
 
 
 def gradients_of_a_step(parallel: DataParallel, mesh: Mesh) -> dict[str, torch.Tensor]:
@@ -41,9 +43,10 @@ def gradients_of_a_step(parallel: DataParallel, mesh: Mesh) -> dict[str, torch.T
     return {**wholes(gradients, parallel.parameters), "norm": gradient_norm(parallel.parameters.values())}
 
 
-def gradients_of_two_steps(mesh: Mesh, config: ParallelConfig, lr: float = 1e-3) -> list[dict[str, torch.Tensor]]:
+def gradients_of_two_steps(mesh: Mesh, config: ParallelConfig, lr: float = 1e-3,
+                           widths: tuple[int, int] = (7, 3)) -> list[dict[str, torch.Tensor]]:
     """What `gradients_of_a_step` gives before and after an SGD step, and the output after another."""
-    parallel = data_parallel([make_model()], lambda stage: [stage[0], stage[2]], mesh, config, torch.float32)
+    parallel = data_parallel([make_model(widths)], lambda stage: [stage[0], stage[2]], mesh, config, torch.float32)
     steps = []
     for _ in range(2):
         steps.append(gradients_of_a_step(parallel, mesh))
@@ -97,9 +100,13 @@ def gradients_of_bf16(axis: Axis) -> dict[str, torch.Tensor]:
 
 
 def steps_from_the_same_weights(axis: Axis) -> dict[str, list[dict[str, torch.Tensor]]]:
-    """For each way the gradients of a first and a second step that start from the same weights."""
+    """For each way the gradients of a first and a second step that start from the same weights.
+
+    The model's size is that at which torch's reducer, left to itself, forms other buckets after the first step.
+    """
     configs = {name: ParallelConfig(**flags) for name, flags in WAYS.items()}
-    return {name: gradients_of_two_steps(build_mesh(config, torch.device("cpu"), TIMEOUT), config, lr=0.0)[:2]
+    return {name: gradients_of_two_steps(build_mesh(config, torch.device("cpu"), TIMEOUT), config, lr=0.0,
+                                         widths=(700, 601))[:2]
             for name, config in configs.items()}
 
 
