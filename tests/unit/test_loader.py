@@ -78,6 +78,14 @@ def test_every_micro_batch_of_a_run_has_one_shape_also_last_and_empty_ones(split
         assert len({(batch.sequence.max_length, batch.sequence.num_filler) for batch in every}) == 1
 
 
+def test_the_shape_leaves_room_for_the_proteins_of_later_epochs(train):
+    shape, num_rows = batch_shape(Splits(train, None, None), 6), sum(map(train.num_epoch_rows, range(8)))
+    most = max(train.most_proteins(6, start) for start in range(0, num_rows, train.num_epoch_rows(0)))
+    assert most > train.most_proteins(6)
+    epochs = take(train, num_rows // 6, micro_batch_size=6, shape=shape)
+    assert len({len(batch.sequence.cu_seqlens) for batch in epochs}) == 1
+
+
 def test_two_workers_serve_the_batches_that_none_does(train):
     alone, ahead = (take(train, 30, micro_batch_size=2, num_workers=workers) for workers in (0, 2))
     for pair in zip(alone, ahead, strict=True):
