@@ -2,6 +2,7 @@
 
 import json
 import os
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import fields, replace
 from pathlib import Path
@@ -13,6 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from megatron import load_pretrained
 from megatron.checkpoint.convert.families import hf
+from megatron.checkpoint.convert.formats import FORMATS
+from megatron.checkpoint.convert.vocabulary import with_rows
 from megatron.checkpoint.saving import parts_of
 from megatron.checkpoint.sharded import write_parts
 from megatron.checkpoint.store import STATE, place_of, point_to
@@ -27,6 +30,7 @@ from megatron.log import Log
 from megatron.model.protein_model import ProteinModel
 from megatron.parallel.mesh import Axis, Mesh
 from tests.families import ESM2
+from tests.megatron_files import write_original
 from tests.transformers_models import PROTEINS, ids_of, one_row, trained_here
 
 TINY = ModelConfig(num_layers=2, hidden_size=16, num_attention_heads=2, ffn_hidden_size=32, kv_channels=8,
@@ -186,6 +190,16 @@ def test_a_model_that_cannot_be_split_over_the_ranks_is_refused(tmp_path):
 def test_another_vocabulary_than_that_of_training_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="its vocabulary, iupac, is not there, or has changed"):
         load_pretrained(str(saved(tmp_path, vocabulary="another")))
+
+
+def test_rows_that_a_vocabulary_of_fewer_tokens_lacks_are_not_made_up(tmp_path):
+    write_original(tmp_path / "megatron", with_optimizer=False)  # it has rows for 32 tokens
+    for num_rows, expected in ((Vocab.from_file().size, nullcontext()), (20, pytest.raises(
+            CheckpointError, match=r"embedding.word_embeddings.weight is \[20, 16\] there and \[32, 16\] here"))):
+        few = with_rows(FORMATS["megatron-v2"].read(tmp_path / "megatron"), num_rows)
+        FORMATS["whole"].write(few, tmp_path / f"of {num_rows}")
+        with expected:
+            load_pretrained(str(tmp_path / f"of {num_rows}"))
 
 
 def test_a_transformers_folder_whose_tokens_nothing_tells_is_refused(tmp_path):
