@@ -257,7 +257,7 @@ def arguments(rank, stage, tensor, pipeline, kind, is_old):
         make_vocab_size_divisible_by=4, layernorm_epsilon=1e-12, bias_gelu_fusion=True, openai_gelu=False,
         padded_vocab_size=ROWS, fp16=kind == torch.half, bf16=kind == torch.bfloat16, hysteresis=2, params_dtype=kind,
         seq_length=POSITIONS, rank=stage * tensor + rank, world_size=tensor * pipeline, lr=1e-3, min_lr=1e-4,
-        weight_decay=0.01, seed=1234)
+        weight_decay=0.01, seed=1234, mask_prob=0.15)
     if is_old:
         vars(given).update(model_parallel_size=tensor, batch_size=8, world_size=tensor)
     else:

@@ -212,8 +212,6 @@ def _changed(config: Config, now: Mapping[str, Any], saved: Mapping[str, Any],
     """The flags that change `kind` ("arithmetic", "samples", ...) and differ, with their values now and then as text.
     """
     now = _as_json(now)
-    if isinstance(saved.get("mask_prob"), float):  # older checkpoints have a number, not a list
-        saved = {**saved, "mask_prob": [saved["mask_prob"]]}
     return [(item, in_words(item, now[item.name]), in_words(item, saved[item.name]))
             for _, section in config.sections() for item in fields(section)
             if item.metadata["changes"] == kind and saved.get(item.name, now[item.name]) != now[item.name]]

@@ -69,7 +69,7 @@ def config_of(given: Mapping[str, Any], shapes: Mapping[str, Sequence[int]], pat
         if given.get(name, ours) != ours:
             raise CheckpointError(f"{path}: was trained with {name} {given[name]!r}, models here compute as with "
                                   f"{ours!r}; its weights would mean something else")
-    config = {item.name: given[item.name] for name, section in Config().sections() if name in _SECTIONS
+    config = {item.name: _in_list(item, given[item.name]) for name, section in Config().sections() if name in _SECTIONS
               for item in fields(section) if item.name in given and fits(item, given[item.name])}
     config.pop("num_query_groups", None)  # Megatron ignores it without group_query_attention
     if given:
@@ -193,8 +193,7 @@ def arguments_of(checkpoint: Checkpoint, num_tensor: int, num_pipeline: int, dty
             for item in fields(section)}
     if ours["openai_gelu"]:  # Megatron would use it in the head too; bias_gelu_fusion gives the same GeLU in the blocks
         ours |= {"openai_gelu": False, "bias_gelu_fusion": True}
-    if not isinstance(shares := ours["mask_prob"], float):  # a constant, or the end of a schedule
-        ours["mask_prob"] = shares[:2][-1]
+    ours["mask_prob"] = ours["mask_prob"][:2][-1]  # a constant, or the end of a schedule
     positions, hidden = checkpoint.model["embedding.position_embeddings.weight"].shape
     shape = {"num_layers": num_layers(checkpoint.model), "hidden_size": hidden,
              "max_position_embeddings": positions, "padded_vocab_size": checkpoint.model[WORDS].shape[0],
@@ -204,6 +203,11 @@ def arguments_of(checkpoint: Checkpoint, num_tensor: int, num_pipeline: int, dty
               "world_size": num_tensor * num_pipeline, "data_parallel_size": 1,
               "consumed_train_samples": progress.get("consumed_samples", 0), "consumed_valid_samples": 0}
     return {**_THEIRS, **ours, **shape, **layout}
+
+
+def _in_list(item: Field, value: Any) -> Any:
+    """The value of a flag, in a list where the flag takes several here but Megatron has one, as for --mask-prob."""
+    return [value] if item.metadata["nargs"] and not isinstance(value, list | tuple | None) else value
 
 
 def _rows_a_step(given: Mapping[str, Any]) -> int:
