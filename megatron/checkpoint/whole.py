@@ -1,4 +1,4 @@
-"""Reads checkpoints in the whole-file form: all parameters in one safetensors file, for export and from old runs.
+"""Reads checkpoints in the whole-file form, which --to whole writes: all parameters in one safetensors file.
 
 PLACE/model.safetensors        every parameter, fp32, by name
 PLACE/optimizer.safetensors    every state tensor, as KIND/PARAMETER, if there is any

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron.checkpoint.convert.formats import FORMATS
 from megatron.checkpoint.metrics import read_records
 from megatron.checkpoint.store import read_state
 from megatron.data.corpus.indexed import open_indexed
@@ -153,15 +154,18 @@ def test_an_optimizer_is_started_afresh_once_whatever_stops_the_run(begun, tmp_p
     assert "note: --no-load-optim: the optimizer starts afresh" in begun(*command, *another).notes()
 
 
-def test_a_state_that_is_not_a_runs_is_named(begun):
-    place = begun.folder / "iter_0000004"
-    whole = read_state(place / "state.json")
+def test_a_state_that_is_not_a_runs_is_named(begun, tmp_path):
+    place = FORMATS["whole"].write(FORMATS["sharded"].read(begun.folder), tmp_path / "whole")  # without checksums
+    whole, flags = read_state(place / "state.json"), ["--load", tmp_path / "whole", "--train-iters", 8, "--save"]
+    begun(*flags, tmp_path / "undamaged")
     for damage in ({"progress": None}, {"progress": {"iteration": 4}}, {"config": []}, {"loss_scale": {}},
                    {"progress": {"iteration": 5, "consumed_samples": 8}}, {"schedule": 3},
                    {"schedule": {}}, {"schedule": whole["schedule"] | {"decay_samples": "16"}}, {"loss_scale": [1.0]},
-                   {"progress": {"iteration": 4, "consumed_samples": 10**30}}, {"loss_scale": ["1", 2, 3]}):
-        edit_state(place, **(whole | damage))
-        assert str(place) in begun.error("--train-iters", 8), damage
+                   {"progress": {"iteration": 4, "consumed_samples": 10**30}}, {"loss_scale": ["1", 2, 3]},
+                   {"guards": 3}, {"guards": whole["guards"] | {"num_rewinds": None}},
+                   {"guards": whole["guards"] | {"left_out": [[1]]}}):
+        (place / "state.json").write_text(json.dumps(whole | damage))
+        assert str(place) in begun.error(*flags, tmp_path / "new"), damage
 
 
 def test_after_going_back_nothing_of_the_abandoned_course_is_left_in_the_way(run):

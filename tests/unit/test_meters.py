@@ -108,7 +108,7 @@ def test_what_an_earlier_process_took_is_no_time_that_this_rank_computed(monkeyp
     now_s = [0.0]
     monkeypatch.setattr("time.perf_counter", lambda: now_s[0])
     meters = Meters(Axis(), CPU, Waits(CPU))
-    meters.load_state({"steps": [], "elapsed_s": 100.0})
+    meters.load_state({"steps": [], "elapsed_s": 100.0, "totals": None})
     counted(meters, 1)
     now_s[0] = 2.0
     found = meters.read()
@@ -117,7 +117,7 @@ def test_what_an_earlier_process_took_is_no_time_that_this_rank_computed(monkeyp
 
 def test_totals_of_which_a_checkpoint_says_nothing_are_not_known_later_either():
     meters = Meters(Axis(), CPU)
-    meters.load_state({"steps": [], "elapsed_s": 1.0})
+    meters.load_state({"steps": [], "elapsed_s": 1.0, "totals": None})
     counted(meters, 1)
     assert meters.totals() is None
     meters.read()

@@ -247,7 +247,10 @@ def _as_json(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_state(checkpoint: Checkpoint, facts: Collection[str]) -> None:
-    """Raises CheckpointError if the checkpoint's state lacks one of `facts`, or is not the state of a run."""
+    """Raises CheckpointError if the checkpoint's state lacks one of `facts`, or is not the state of a run.
+
+    Other programs' files lack some, and no checksum protects the state of what --to whole wrote.
+    """
     state = checkpoint.state
     if absent := sorted(set(facts) - state.keys()):
         raise CheckpointError(f"{checkpoint.path} does not say its {absent[0].replace('_', ' ')}, without which no run "

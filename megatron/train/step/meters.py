@@ -152,9 +152,12 @@ class Meters:
                 "totals": None if self._totals is None else asdict(self._totals)}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Continue from the state that `state()` returned, in any layout; older ones may lack the totals."""
+        """Continue from the state that `state()` returned, in any layout.
+
+        Its totals are None if the run went on from a checkpoint of another program, which says nothing of them.
+        """
         self.restart()
-        totals = state.get("totals")
+        totals = state["totals"]
         self._totals = None if totals is None else Totals(**totals)
         for loss, correct, targets, residues, tokens, flops, norm, is_taken in state["steps"]:
             if self._world.rank == 0:
