@@ -3,7 +3,7 @@
 PLACE/model.safetensors        every parameter, fp32, by name
 PLACE/optimizer.safetensors    every state tensor, as KIND/PARAMETER, if there is any
 PLACE/ema.safetensors          the average of the weights, by name, if there is one
-PLACE/state.json               progress, loss scale, the flags of the run
+PLACE/state.json               version of this form, progress, loss scale, the flags of the run
 """
 
 import json
@@ -21,12 +21,18 @@ VERSION = 1
 
 
 def read_whole(place: Path, with_optimizer: bool = True) -> Checkpoint:
-    """The checkpoint in a folder, whose tensors are read lazily; raises CheckpointError if it is damaged."""
+    """The checkpoint in a folder, whose tensors are read lazily.
+
+    Raises CheckpointError if it is damaged, or of another version.
+    """
     try:
         state = json.loads((place / STATE).read_text(encoding="utf-8"))
-        iteration = int(state["iteration"])
+        iteration, version = int(state["iteration"]), state.get("version", VERSION)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{place / STATE}: damaged or missing ({error}); load an older iteration") from None
+    if version != VERSION:
+        raise CheckpointError(f"{place / STATE} has version {version}, and this program reads {VERSION}; convert it "
+                              "with the program that wrote it")
     optimizer, average = place / OPTIMIZER, place / AVERAGE
     return Checkpoint(place, iteration, stored_in(place / MODEL),
                       stored_in(optimizer) if with_optimizer and optimizer.exists() else None, state,

@@ -396,7 +396,7 @@ def test_a_folder_whose_name_is_no_utf8_is_loaded_from(tmp_path):
     assert is_equal(read(load(folder)), tensors(7))
 
 
-def test_the_whole_files_of_the_first_edition_are_loaded(tmp_path):
+def test_whole_files_are_loaded_unless_they_are_damaged_or_of_another_version(tmp_path):
     place = tmp_path / "iter_0000007"
     place.mkdir()
     for name, table in zip(("model", "optimizer"), tensors(7), strict=True):
@@ -406,6 +406,9 @@ def test_the_whole_files_of_the_first_edition_are_loaded(tmp_path):
     assert is_equal(read(load(tmp_path)), tensors(7))
     (place / "model.safetensors").write_bytes(b"rubbish")
     with pytest.raises(CheckpointError, match="model.safetensors: damaged"):
+        load(tmp_path)
+    (place / "state.json").write_text(json.dumps({"version": 2, "iteration": 7}))
+    with pytest.raises(CheckpointError, match="state.json has version 2, and this program reads 1; convert it"):
         load(tmp_path)
 
 
