@@ -31,7 +31,8 @@ class MaskedLMHead(nn.Module):
         self.dense = Linear(config.hidden_size, config.hidden_size, normal(config), not config.disable_bias_linear)
         self.layernorm = norm(config, ONE_RANK_STREAM)
         self.num_ids, self.axis = padded_vocab_size, stream.axis
-        self.decoder = Decoder(config, padded_vocab_size, stream) if has_decoder(config) else None
+        is_untied = config.untie_embeddings_and_output_weights
+        self.decoder = Decoder(config, padded_vocab_size, stream) if is_untied else None
         self.bias = vocabulary_parameter((padded_vocab_size,), config.make_vocab_size_divisible_by, stream.axis,
                                          Declaration(Constant(0.0), "head", decays=False))
         self.softcap, self.loss_in_fp32 = config.final_logit_softcapping, loss_in_fp32
@@ -98,8 +99,3 @@ class ContactHead(nn.Module):
         margin_nr = map_nrr.sum(1) + map_nrr.sum(2)
         scaled_nr = margin_nr * (weight_n / margin_nr.sum(1))[:, None]
         return summed_rr + summed_rr.t() - scaled_nr.t() @ margin_nr
-
-
-def has_decoder(config: ModelConfig) -> bool:
-    """Whether the head is untied: it has a vocabulary matrix of its own, `Decoder`."""
-    return config.untie_embeddings_and_output_weights

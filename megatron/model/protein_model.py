@@ -14,7 +14,7 @@ from megatron.config import ModelConfig, PrecisionConfig
 from megatron.kernels.fp8 import recipe_of
 from megatron.kernels.packed_sequence import PackedSequence, Targets
 from megatron.model.embedding import Embedding, TiedEmbedding
-from megatron.model.head import ContactHead, MaskedLMHead, has_decoder
+from megatron.model.head import ContactHead, MaskedLMHead
 from megatron.model.transformer import Transformer, message_shape
 from megatron.parallel.mesh import ONE_RANK_AXIS, Axis
 from megatron.parallel.parameters import inherit
@@ -42,7 +42,8 @@ class ProteinModel(nn.Module):
         super().__init__()
         self.stream, self.stage = stream, stage or whole_model(config.num_layers)
         dtype = compute_dtype(precision)
-        self.config, self.is_tied = config, task_head is None and not has_decoder(config)
+        self.config = config
+        self.is_tied = task_head is None and not config.untie_embeddings_and_output_weights
         self.stream_dtype = torch.float32 if config.fp32_residual_connection else dtype
         ends = ends if self.is_tied else ONE_RANK_AXIS
         if self.stage.is_first:
