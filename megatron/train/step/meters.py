@@ -120,19 +120,18 @@ class Meters:
     def read(self) -> Reading:
         """What was collected since the last reading; a collective. Waits for the device."""
         steps = self._summed()
-        sums, norms, taken = steps[:, :6], steps[:, 6], steps[:, 7]
-        has_targets = sums[:, 2] > 0
-        loss = sums[has_targets, 0].mean().item()
-        _, correct, targets, residues, tokens, flops = sums.sum(0).tolist()
-        with_targets = [values[has_targets].tolist() for values in (norms, taken)]
+        sums, with_targets = _sums_of(steps), [step for step in steps if step.num_targets]
+        losses = torch.tensor([step.loss for step in with_targets], dtype=torch.float64)
         reading = Reading(
-            num_steps=len(self._steps), num_steps_with_targets=int(has_targets.sum()), loss=loss if targets else None,
-            masked_accuracy=correct / targets if targets else None, grad_norm=with_targets[0][-1] if targets else None,
-            num_skipped=with_targets[1].count(0.0), num_residues=int(residues), num_tokens=int(tokens),
-            model_flops=flops, elapsed_s=self._elapsed_s(), steps=[StepSums(*step) for step in steps.tolist()],
+            num_steps=len(steps), num_steps_with_targets=len(with_targets),
+            loss=losses.mean().item() if with_targets else None,
+            masked_accuracy=sums.num_correct / sums.num_targets if with_targets else None,
+            grad_norm=with_targets[-1].grad_norm if with_targets else None,
+            num_skipped=sum(not step.is_taken for step in with_targets), num_residues=int(sums.num_residues),
+            num_tokens=int(sums.num_tokens), model_flops=sums.model_flops, elapsed_s=self._elapsed_s(), steps=steps,
             ranks=self._times_of_ranks())
         if self._totals is not None:
-            self._totals = self._totals.plus(residues, reading.elapsed_s, flops)
+            self._totals = self._totals.plus(reading.num_residues, reading.elapsed_s, reading.model_flops)
         self.restart()
         return reading
 
@@ -141,14 +140,14 @@ class Meters:
 
         A collective. Waits for the device.
         """
-        if not self._steps:
+        if self._totals is None or not self._steps:
             return self._totals
-        _, _, _, residues, _, flops = self._summed()[:, :6].sum(0).tolist()
-        return None if self._totals is None else self._totals.plus(residues, self._elapsed_s(), flops)
+        sums = _sums_of(self._summed())
+        return self._totals.plus(sums.num_residues, self._elapsed_s(), sums.model_flops)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps: the steps since the last reading, summed over the ranks; a collective."""
-        return {"steps": self._summed().tolist() if self._steps else [], "elapsed_s": self._elapsed_s(),
+        return {"steps": self._summed() if self._steps else [], "elapsed_s": self._elapsed_s(),
                 "totals": None if self._totals is None else asdict(self._totals)}
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -159,10 +158,10 @@ class Meters:
         self.restart()
         totals = state["totals"]
         self._totals = None if totals is None else Totals(**totals)
-        for loss, correct, targets, residues, tokens, flops, norm, is_taken in state["steps"]:
+        for loss, correct, *of_batches, norm, is_taken in state["steps"]:
             if self._world.rank == 0:
                 self._device_sums += torch.tensor([loss, correct], dtype=torch.float64, device=self._device)
-                self._host_sums = [targets, residues, tokens, flops]
+                self._host_sums = of_batches
             self.add_step(torch.tensor(norm, device=self._device), torch.tensor(is_taken > 0, device=self._device))
         self._began_s -= state["elapsed_s"]
         self._before_s = state["elapsed_s"]
@@ -181,12 +180,12 @@ class Meters:
         here = torch.tensor([[self._elapsed_s() - self._before_s - waited_s, waited_s]], dtype=torch.float64)
         return [RankTimes(*times) for times in read(all_gather(here.to(self._device), self._world)).tolist()]
 
-    def _summed(self) -> Tensor:
-        """The fields of `StepSums` for each step, fp64 [steps, 8] on the CPU; a collective."""
+    def _summed(self) -> list[StepSums]:
+        """Each step over all ranks; a collective. Waits for the device."""
         on_device, on_host, norms, taken = zip(*self._steps, strict=True)
         sums = torch.cat([torch.stack(on_device), torch.tensor(on_host, dtype=torch.float64, device=self._device)], 1)
         alike = torch.stack([torch.stack(norms).double(), torch.stack(taken).double()], 1)
-        return read(torch.cat([all_reduce_sum(sums, self._world), alike], 1))
+        return [StepSums(*step) for step in read(torch.cat([all_reduce_sum(sums, self._world), alike], 1)).tolist()]
 
     def _elapsed_s(self) -> float:
         now_s = time.perf_counter() if self._pause_began_s is None else self._pause_began_s
@@ -195,3 +194,8 @@ class Meters:
     def _begin_step(self) -> None:
         self._device_sums = torch.zeros(2, dtype=torch.float64, device=self._device)  # loss, correct predictions
         self._host_sums = [0.0] * 4  # targets, residues, tokens, FLOPs
+
+
+def _sums_of(steps: Sequence[StepSums]) -> StepSums:
+    """Each field summed over the steps, of which there is one at least."""
+    return StepSums(*map(sum, zip(*steps, strict=True)))
