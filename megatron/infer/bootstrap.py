@@ -7,9 +7,9 @@ import numpy as np
 CONFIDENCE = 0.95
 
 
-def draws(num_cases: int, num_draws: int, seed: int = 0) -> Iterator[np.ndarray]:
-    """Draws of as many cases as there are, by their numbers, int64 [cases] each."""
-    generator = np.random.default_rng(seed)
+def draws(num_cases: int, num_draws: int) -> Iterator[np.ndarray]:
+    """Draws of as many cases as there are, by their numbers, int64 [cases] each; always the same."""
+    generator = np.random.default_rng(0)
     for _ in range(num_draws):
         yield generator.integers(num_cases, size=num_cases)
 

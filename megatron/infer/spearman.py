@@ -16,15 +16,14 @@ def spearman(first: np.ndarray, second: np.ndarray) -> float:
     return _weighted(_groups(first), _groups(second), np.ones(len(first)))
 
 
-def spearman_interval(first: np.ndarray, second: np.ndarray, num_resamples: int = _RESAMPLES, seed: int = 0
-                      ) -> tuple[float, float]:
+def spearman_interval(first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
     """The percentile bootstrap interval of the correlation, resampling pairs; nan if there is none.
 
     A resample is stored as how often each pair was drawn, so ranks need no new sorting.
     """
     groups, number = (_groups(first), _groups(second)), len(first)
     return interval([_weighted(*groups, np.bincount(drawn, minlength=number).astype(float))
-                     for drawn in draws(number, num_resamples, seed)])
+                     for drawn in draws(number, _RESAMPLES)])
 
 
 def _groups(values: np.ndarray) -> np.ndarray:

@@ -34,8 +34,8 @@ class Measured:
     high: float
 
 
-def measure(space: LabelSpace, true: Sequence[Any], predicted: Sequence[Any], *, num_draws: int = 0,
-            seed: int = 0) -> dict[str, Measured]:
+def measure(space: LabelSpace, true: Sequence[Any], predicted: Sequence[Any], *, num_draws: int = 0
+            ) -> dict[str, Measured]:
     """All metrics of a kind of labels on some proteins, by name.
 
     true: labels as `LabelSpace.read` returns them. predicted, for each protein: number, a float; class, the class;
@@ -46,7 +46,7 @@ def measure(space: LabelSpace, true: Sequence[Any], predicted: Sequence[Any], *,
     """
     statistic = _statistic(space, true, predicted)
     values = statistic(np.arange(len(true)))
-    of_draws = [statistic(chosen) for chosen in draws(len(true), num_draws, seed)]
+    of_draws = [statistic(chosen) for chosen in draws(len(true), num_draws)]
     return {name: Measured(values[name], *interval([of_draw[name] for of_draw in of_draws]))
             for name in METRICS[space.kind]}
 
