@@ -45,20 +45,20 @@ class Mesh:
     size 2, with parameters sharded over both data-parallel ranks.
     """
 
-    world: Axis = field(default_factory=Axis)  # all ranks: 0 1 2 3 4 5 6 7
-    pipeline: Axis = field(default_factory=Axis)  # ranks with different stages of the model: 0 4
-    data: Axis = field(default_factory=Axis)  # ranks that read different rows: 0 2
-    context: Axis = field(default_factory=Axis)  # ranks with different tokens of the same rows: 0 alone
-    tensor: Axis = field(default_factory=Axis)  # ranks with different parts of the same layers: 0 1
-    replicas: Axis = field(default_factory=Axis)  # data x context, same parameters, different tokens: 0 2
-    shards: Axis = field(default_factory=Axis)  # those replicas over which --data-parallel-sharding shards: 0 2
-    copies: Axis = field(default_factory=Axis)  # those replicas that hold the same shard: 0 alone
-    holders: Axis = field(default_factory=Axis)  # replicas x tensor, all parts of the same parameters: 0 1 2 3
-    ends: Axis = field(default_factory=Axis)  # first and last pipeline rank; one rank on all ranks between: 0 4
+    world: Axis = ONE_RANK_AXIS  # all ranks: 0 1 2 3 4 5 6 7
+    pipeline: Axis = ONE_RANK_AXIS  # ranks with different stages of the model: 0 4
+    data: Axis = ONE_RANK_AXIS  # ranks that read different rows: 0 2
+    context: Axis = ONE_RANK_AXIS  # ranks with different tokens of the same rows: 0 alone
+    tensor: Axis = ONE_RANK_AXIS  # ranks with different parts of the same layers: 0 1
+    replicas: Axis = ONE_RANK_AXIS  # data x context, same parameters, different tokens: 0 2
+    shards: Axis = ONE_RANK_AXIS  # those replicas over which --data-parallel-sharding shards: 0 2
+    copies: Axis = ONE_RANK_AXIS  # those replicas that hold the same shard: 0 alone
+    holders: Axis = ONE_RANK_AXIS  # replicas x tensor, all parts of the same parameters: 0 1 2 3
+    ends: Axis = ONE_RANK_AXIS  # first and last pipeline rank; one rank on all ranks between: 0 4
     # Groups of the pipeline ranks for point-to-point messages. Each carries one kind of message in one direction, so
     # that no message waits for one of another kind.
     channels: tuple[dist.ProcessGroup, ...] = ()
-    writers: Axis = field(default_factory=Axis)  # all ranks on a gloo group, to agree on files beside the training
+    writers: Axis = ONE_RANK_AXIS  # all ranks on a gloo group, to agree on files beside the training
     device: torch.device = torch.device("cpu")
     progress: RankProgress = field(default_factory=RankProgress)  # the step, for the report if a rank hangs
     waits: Waits | None = None  # how long this rank has waited for others; None with one rank
@@ -190,7 +190,7 @@ def _world() -> Axis:
 def _axis(line: list[int], timeout: timedelta, name: str) -> Axis:
     world = dist.get_world_size()
     if len(line) == 1:
-        return Axis()
+        return ONE_RANK_AXIS
     group = dist.group.WORLD if len(line) == world else _new_group(line, timeout, name)
     return Axis(line.index(dist.get_rank()), len(line), group)
 
@@ -200,7 +200,7 @@ def _ends(line: list[int], timeout: timedelta) -> Axis:
         return _axis(sorted({line[0], line[-1]}), timeout, "ends")
     # torch derives a group's name from how many groups a rank has made: so the ranks between make one as well.
     _new_group(line[1:-1], timeout, "between the ends")
-    return Axis()
+    return ONE_RANK_AXIS
 
 
 def _new_group(line: list[int], timeout: timedelta, name: str) -> dist.ProcessGroup:

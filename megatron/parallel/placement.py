@@ -5,13 +5,13 @@ without a placement is whole on every rank.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from megatron.parallel.collectives import all_reduce_sum
-from megatron.parallel.mesh import Axis
+from megatron.parallel.mesh import ONE_RANK_AXIS, Axis
 from megatron.parallel.waits import read
 
 
@@ -19,16 +19,16 @@ from megatron.parallel.waits import read
 class Placement:
     """Which part of one parameter this rank holds: of tensor-parallel slices, data-parallel shards, pipeline stages."""
 
-    axis: Axis = field(default_factory=Axis)  # the tensor axis
+    axis: Axis = ONE_RANK_AXIS  # the tensor axis
     dim: int | None = None  # the dimension of which tensor rank r holds the r-th slice; None: each holds the whole
     # The whole's extent along `dim`. The slices together may be longer: their end is padding, always 0.
     whole_size: int = 0
     has_partial_gradient: bool = False  # held whole on the tensor axis, but its gradient is the sum over these ranks
-    shards: Axis = field(default_factory=Axis)  # data-parallel ranks that share the rows (dimension 0) of a slice
+    shards: Axis = ONE_RANK_AXIS  # data-parallel ranks that share the rows (dimension 0) of a slice
     num_rows: int = 0  # of the slice that `shards` share: ceil(num_rows / shards) on each, fewer on the last ones
     # First and last pipeline rank if both hold the parameter: its gradient is the sum over the two; in the norm the
     # first rank's counts.
-    ends: Axis = field(default_factory=Axis)
+    ends: Axis = ONE_RANK_AXIS
 
     def whole_shape(self, local: Tensor) -> tuple[int, ...]:
         """The shape of the whole of which `local` is this rank's part."""
@@ -101,7 +101,7 @@ def part_of_state(parameter: Tensor, state: Tensor) -> Part:
     return placement.part(state)
 
 
-def gradient_norm(parameters: Iterable[nn.Parameter], pipeline: Axis | None = None) -> Tensor:
+def gradient_norm(parameters: Iterable[nn.Parameter], pipeline: Axis = ONE_RANK_AXIS) -> Tensor:
     """The L2 norm (fp32 scalar) of the whole gradients of the model: each element counts once. A collective."""
     by_axes: dict[tuple[Axis, ...], list[Tensor]] = {(): []}
     parameters = list(parameters)
@@ -119,7 +119,7 @@ def gradient_norm(parameters: Iterable[nn.Parameter], pipeline: Axis | None = No
         for axis in axes:
             part = all_reduce_sum(part, axis)
         square = part + square
-    return all_reduce_sum(square, pipeline or Axis()).sqrt()
+    return all_reduce_sum(square, pipeline).sqrt()
 
 
 def is_any_trained(parameters: Iterable[nn.Parameter], pipeline: Axis) -> bool:
@@ -137,7 +137,7 @@ def partial_gradients(parameters: Iterable[nn.Parameter], replicas: Axis) -> dic
         if not parameter.requires_grad:
             continue
         placement = placement_of(parameter)
-        for axis in (replicas, placement.axis if placement.has_partial_gradient else Axis(), placement.ends):
+        for axis in (replicas, placement.axis if placement.has_partial_gradient else ONE_RANK_AXIS, placement.ends):
             if axis.size > 1:
                 assert parameter.grad is not None, "every parameter that is trained takes part in the loss"
                 partial.setdefault(axis, []).append(parameter.grad)

@@ -7,7 +7,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from megatron.parallel.mesh import Axis, build_axis
+from megatron.parallel.mesh import ONE_RANK_AXIS, Axis, build_axis
 
 
 @contextmanager
@@ -32,5 +32,5 @@ def fake_group(rank: int, num_ranks: int) -> Iterator[None]:
 def fake_axes(rank: int, sizes: Mapping[str, int]) -> Iterator[dict[str, Axis]]:
     """A context with the axes, by name, of rank number `rank` in a grid of these `sizes`, whose groups are fake."""
     with fake_group(rank, math.prod(sizes.values())):
-        yield {name: build_axis(sizes, [name], timedelta(minutes=1)) if size > 1 else Axis()
+        yield {name: build_axis(sizes, [name], timedelta(minutes=1)) if size > 1 else ONE_RANK_AXIS
                for name, size in sizes.items()}

@@ -8,7 +8,7 @@ from itertools import chain, groupby
 
 from torch import nn
 
-from megatron.parallel.mesh import Axis, Mesh
+from megatron.parallel.mesh import ONE_RANK_AXIS, Axis, Mesh
 from megatron.parallel.parameters import declaration_of
 from megatron.parallel.placement import placement_of
 from megatron.parallel.tensor.layers import Matrix
@@ -137,7 +137,7 @@ def _is_in_block(parameter: Parameter) -> bool:
 def _built(setting: Setting, part: BlockRange, has_pipeline: bool) -> list[Parameter]:
     """The parameters of a part of the model, which is built on `meta`."""
     mesh = Mesh(tensor=setting.tensor, context=setting.context)
-    model = setting.build(part, mesh, Axis(0 if part.is_first else 1, 2) if has_pipeline else Axis())
+    model = setting.build(part, mesh, Axis(0 if part.is_first else 1, 2) if has_pipeline else ONE_RANK_AXIS)
     copies = {id(parameter): num_bytes(made) for layer in model.modules() if isinstance(layer, Matrix)
               for parameter, made in ((layer.weight, [layer.copy, *chain(*layer.fp8_copy or ())]),
                                       (getattr(layer, "bias", None), [layer.bias_copy]))}

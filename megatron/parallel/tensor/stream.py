@@ -18,7 +18,7 @@ from megatron.kernels.pointwise.product import Product
 from megatron.kernels.pointwise.residual_norm import Scaling, add_branch, after_dropout
 from megatron.parallel import collectives
 from megatron.parallel.collectives import Pending
-from megatron.parallel.mesh import Axis
+from megatron.parallel.mesh import ONE_RANK_AXIS, Axis
 from megatron.parallel.parameters import Declaration, replicated_parameter
 
 
@@ -29,9 +29,9 @@ class Stream:
     "All tokens" t are those of this context rank: a micro-batch's tokens are split over the context axis first.
     """
 
-    axis: Axis = Axis()  # the tensor axis
+    axis: Axis = ONE_RANK_AXIS  # the tensor axis
     is_split: bool = False  # sequence parallelism: each rank holds a slice of the tokens; else every rank holds all
-    context: Axis = Axis()
+    context: Axis = ONE_RANK_AXIS
 
     @property
     def token_multiple(self) -> int:
