@@ -119,6 +119,9 @@ def read_state(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: damaged or missing ({error})") from None
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: damaged, or not of a run")
+    config = state.get("config")
+    if isinstance(config, dict) and isinstance(config.get("mask_prob"), float):
+        config["mask_prob"] = [config["mask_prob"]]  # one number, before the flag took three
     return state
 
 
