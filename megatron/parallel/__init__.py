@@ -6,5 +6,5 @@ part of it a rank holds; `program` runs a command on its ranks; `sameness` check
 files. Also: `compilation`, `randomness`, `recomputation`, `traffic` (bytes sent), `waits` (time spent waiting).
 
 Rooms: `launch/` (starting ranks, failing together), `tensor/`, `data/` and `pipeline/` (the three kinds of
-parallelism), `matrices/` (sharded matrices worked on as wholes, for Muon).
+parallelism), `matrices/` (sharded matrices worked on as wholes, for Muon). None imports another.
 """

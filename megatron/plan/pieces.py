@@ -19,7 +19,7 @@ from torch import Tensor
 from megatron.kernels.rotary import Rotation
 from megatron.model.protein_model import ProteinModel
 from megatron.parallel.mesh import Mesh
-from megatron.parallel.pipeline.deferral import WeightGradients, defer_weight_gradients
+from megatron.parallel.tensor.weight_gradients import WeightGradients, defer_weight_gradients
 from megatron.parallel.traffic import Traffic, TrafficCounter
 from megatron.plan.fake_group import fake_axes
 from megatron.plan.memory_watch import MemoryWatch, num_bytes

@@ -92,6 +92,15 @@ def test_every_import_goes_down() -> None:
     assert len(wrong) > 300 and sum(wrong, []) == []
 
 
+def test_no_room_of_the_parallel_floor_imports_another() -> None:
+    files = [file for file in sources() if file.parts[:2] == ("megatron", "parallel") and len(file.parts) > 3]
+    rooms = {file.parts[2] for file in files}
+    wrong = [f"{file} imports {name}" for file in files
+             for name in imported_modules(ast.parse((ROOT / file).read_text()), module_name(file))
+             for room in rooms - {file.parts[2]} if f"{name}.".startswith(f"megatron.parallel.{room}.")]
+    assert {"pipeline", "tensor"} < rooms and wrong == []
+
+
 def test_nltk_is_imported_only_inside_a_function() -> None:
     assert [str(file) for file in sources() if "nltk" in imports_at_start((ROOT / file).read_text())] == []
 

@@ -9,10 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron.config import Config, DataConfig, ModelConfig, PrecisionConfig, TrainingConfig
 from megatron.parallel.mesh import Mesh
-from megatron.parallel.pipeline.deferral import WeightGradients
 from megatron.parallel.tensor.layers import Matrix, linear
 from megatron.parallel.tensor.stream import ONE_RANK_STREAM
-from megatron.parallel.tensor.weight_gradients import added_weight_gradient
+from megatron.parallel.tensor.weight_gradients import WeightGradients, added_weight_gradient
 from megatron.train.step.engine import build_engine
 from megatron.train.step.meters import Meters
 from megatron.train.step.train_step import TrainStep

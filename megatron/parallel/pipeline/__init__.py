@@ -1,5 +1,5 @@
 """Pipeline parallelism: a model cut in depth into stages.
 
 `partition` assigns blocks to stages, `schedules` orders the passes, `channels` sends messages, `run` executes a
-schedule, `deferral` computes weight gradients later (zero-bubble).
+schedule.
 """

@@ -15,8 +15,8 @@ from torch import Tensor
 from megatron.kernels.fp8 import E4M3, Quantised, Recipe, largest, product, quantised
 from megatron.kernels.pointwise.product import sum_over_tokens
 from megatron.parallel.collectives import all_reduce_max
-from megatron.parallel.pipeline.deferral import WeightGradients, weight_gradient
 from megatron.parallel.tensor.stream import ONE_RANK_STREAM, Stream
+from megatron.parallel.tensor.weight_gradients import WeightGradients, weight_gradient
 
 
 class Operands(NamedTuple):

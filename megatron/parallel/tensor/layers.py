@@ -27,9 +27,9 @@ from megatron.parallel.parameters import (
     split_parameter,
     table,
 )
-from megatron.parallel.pipeline.deferral import WeightGradients, weight_gradient
 from megatron.parallel.tensor.fp8 import Amaxes, Operands, fp8_products, weight_operands
 from megatron.parallel.tensor.stream import ONE_RANK_STREAM, Stream
+from megatron.parallel.tensor.weight_gradients import WeightGradients, weight_gradient
 
 
 class Matrix(nn.Module):

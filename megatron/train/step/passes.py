@@ -10,9 +10,9 @@ from torch import Tensor
 
 from megatron.data.batches.batch import Batch
 from megatron.kernels.packed_sequence import NO_TARGET
-from megatron.parallel.pipeline.deferral import WeightGradients
 from megatron.parallel.pipeline.run import Passes, TrainingPasses
 from megatron.parallel.pipeline.schedules import Action
+from megatron.parallel.tensor.weight_gradients import WeightGradients
 from megatron.train.step.engine import Engine
 from megatron.train.step.meters import Meters
 

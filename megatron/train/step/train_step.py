@@ -9,7 +9,7 @@ from torch import Tensor
 from megatron.data.batches.batch import Batch
 from megatron.model.flops import model_flops
 from megatron.optim.optimizer import StepOutcome
-from megatron.parallel.pipeline.deferral import WeightGradients, defer_weight_gradients
+from megatron.parallel.tensor.weight_gradients import WeightGradients, defer_weight_gradients
 from megatron.train.guards.spikes import SpikeJudge
 from megatron.train.step.agreement import Arriving, summed
 from megatron.train.step.engine import Engine
