@@ -7,7 +7,7 @@ from megatron.config import ModelConfig
 from megatron.kernels.dropout import Use
 from megatron.kernels.packed_sequence import PackedSequence, proteins_of_tokens
 from megatron.model.initialisation import normal
-from megatron.model.normalisation import norm
+from megatron.model.normalisation import Norm
 from megatron.parallel.collectives import all_reduce_sum
 from megatron.parallel.mesh import ONE_RANK_AXIS, Axis
 from megatron.parallel.randomness import dropout_of
@@ -34,7 +34,7 @@ class Embedding(nn.Module):
         if self.has_positions:
             self.position_embeddings = EmbeddingTable(config.max_position_embeddings, config.hidden_size, stream,
                                                       normal(config))
-        self.layernorm = norm(config, stream) if config.embedding_layernorm else None
+        self.layernorm = Norm(config, stream) if config.embedding_layernorm else None
         self.dropout, self.dtype = config.hidden_dropout, dtype
         self.mask_id = mask_id if config.token_dropout else None
         assert self.mask_id is not None or not config.token_dropout, "token dropout knows the mask"

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from megatron.config import ModelConfig
 from megatron.kernels.cross_entropy import softcapped
 from megatron.model.initialisation import normal
-from megatron.model.normalisation import norm
+from megatron.model.normalisation import Norm
 from megatron.parallel.parameters import Constant, Declaration, whole_parameter
 from megatron.parallel.tensor.layers import Linear, Matrix
 from megatron.parallel.tensor.stream import ONE_RANK_STREAM, Stream
@@ -29,7 +29,7 @@ class MaskedLMHead(nn.Module):
                  loss_in_fp32: bool = True) -> None:
         super().__init__()
         self.dense = Linear(config.hidden_size, config.hidden_size, normal(config), not config.disable_bias_linear)
-        self.layernorm = norm(config, ONE_RANK_STREAM)
+        self.layernorm = Norm(config, ONE_RANK_STREAM)
         self.num_ids, self.axis = padded_vocab_size, stream.axis
         is_untied = config.untie_embeddings_and_output_weights
         self.decoder = Decoder(config, padded_vocab_size, stream) if is_untied else None

@@ -21,7 +21,7 @@ from megatron.kernels.pointwise.residual_norm import normalised
 from megatron.kernels.rotary import Rotation, rotation_of
 from megatron.model.attention import Attention
 from megatron.model.feed_forward import feed_forward
-from megatron.model.normalisation import Norm, norm, scaling_of
+from megatron.model.normalisation import Norm, scaling_of
 from megatron.parallel.mesh import Axis
 from megatron.parallel.parameters import BIAS, SCALE
 from megatron.parallel.pipeline.partition import Stage
@@ -43,8 +43,8 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, number: int, num_ids: int, dtype: torch.dtype, stream: Stream) -> None:
         super().__init__()
         self.placement = config.norm_placement
-        before = partial(norm, config, stream) if self.placement != "post" else lambda: None
-        after = partial(norm, config, stream) if self.placement != "pre" else lambda: None
+        before = partial(Norm, config, stream) if self.placement != "post" else lambda: None
+        after = partial(Norm, config, stream) if self.placement != "pre" else lambda: None
         self.input_layernorm, self.attention_output_layernorm = before(), after()
         self.attention = Attention(config, number, num_ids, stream)
         self.post_attention_layernorm, self.mlp_output_layernorm = before(), after()
@@ -107,7 +107,7 @@ class Transformer(nn.Module):
                                      for number in stage.layers})
         self.stage, self.dtype, self.has_x0 = stage, dtype, config.x0_skips
         if stage.is_last and config.norm_placement != "post":
-            self.final_layernorm: nn.Module = norm(config, stream)
+            self.final_layernorm: nn.Module = Norm(config, stream)
         elif stage.is_last:
             self.final_layernorm = nn.Identity()
         is_rotary = config.position_embedding_type == "rope"

@@ -156,6 +156,7 @@ def test_norm_placements_are_their_formulas():
 def test_rms_norm_and_activations_are_their_formulas():
     x = torch.randn(9, 32)
     rms = block(replace(PROTEINLM, normalization="RMSNorm")).input_layernorm
+    assert [name for name, _ in rms.named_parameters()] == ["weight"]
     torch.testing.assert_close(rms(x), x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * rms.weight)
     squared = block(replace(PROTEINLM, squared_relu=True)).mlp
     wide = F.linear(x, squared.dense_h_to_4h.weight).clamp(min=0)**2

@@ -17,16 +17,7 @@ from megatron.kernels.device import takes_triton
 from megatron.kernels.fp8 import Recipe
 from megatron.kernels.pointwise.activation import adds_biases
 from megatron.kernels.pointwise.product import Product, sum_over_tokens
-from megatron.kernels.pointwise.residual_norm import Scaling, normalised
-from megatron.parallel.parameters import (
-    BIAS,
-    SCALE,
-    Initial,
-    matrix,
-    replicated_parameter,
-    split_parameter,
-    table,
-)
+from megatron.parallel.parameters import BIAS, Initial, matrix, replicated_parameter, split_parameter, table
 from megatron.parallel.tensor.fp8 import Amaxes, Operands, fp8_products, weight_operands
 from megatron.parallel.tensor.stream import ONE_RANK_STREAM, Stream
 from megatron.parallel.tensor.weight_gradients import WeightGradients, weight_gradient
@@ -150,43 +141,6 @@ class EmbeddingTable(nn.Module):
     def forward(self, ids_u: Tensor) -> Tensor:
         """[u, h]."""
         return F.embedding(ids_u, self.weight)
-
-
-class LayerNorm(nn.Module):
-    """Layer normalisation over the last axis (Ba et al., 2016, arXiv 1607.06450); statistics in fp32."""
-
-    def __init__(self, width: int, epsilon: float, stream: Stream) -> None:
-        super().__init__()
-        self.weight = stream.parameter((width,), SCALE)
-        self.bias = stream.parameter((width,), BIAS)
-        self.epsilon = epsilon
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The same shape and dtype as `x`."""
-        return normalised(x, self.scaling, x.dtype)[1]
-
-    @property
-    def scaling(self) -> Scaling:
-        """What a kernel needs to know of it."""
-        return Scaling(self.weight, self.bias, self.epsilon)
-
-
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + epsilon) times a scale, over the last axis (Zhang and Sennrich, 2019, arXiv 1910.07467)."""
-
-    def __init__(self, width: int, epsilon: float, stream: Stream) -> None:
-        super().__init__()
-        self.weight = stream.parameter((width,), SCALE)
-        self.epsilon = epsilon
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The same shape and dtype as `x`."""
-        return normalised(x, self.scaling, x.dtype)[1]
-
-    @property
-    def scaling(self) -> Scaling:
-        """What a kernel needs to know of it."""
-        return Scaling(self.weight, None, self.epsilon)
 
 
 def linear(x_ui: Tensor, weight_oi: Tensor, matrix_oi: Tensor, bias_o: Tensor | None, vector_o: Tensor | None = None,
