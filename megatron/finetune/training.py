@@ -9,8 +9,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megatron.checkpoint.claim import Claim
 from megatron.checkpoint.contents import Checkpoint
 from megatron.checkpoint.convert.families import hf
@@ -38,7 +36,6 @@ from megatron.model.lora import adapters_in
 from megatron.optim.schedule import build_schedule
 from megatron.parallel.mesh import Mesh
 from megatron.train.state import is_due
-from megatron.train.step.agreement import Arriving
 from megatron.train.step.meters import Meters
 from megatron.train.step.train_step import TrainStep
 from megatron.train.stop import StopRequests
@@ -107,7 +104,7 @@ class FineTuning:
         self._parts = {part: self._packed(part, is_training=False) for part in job.data.parts if part != "train"}
         self._meters = Meters(job.mesh.world, job.mesh.device)
         self._metrics = MetricsWriter(folder / METRICS_FILE, job.log)
-        self._step, self._wishes = TrainStep(self._engine, self._meters), Arriving(torch.zeros(1))
+        self._step = TrainStep(self._engine, self._meters)
         self._unfinished = Unfinished(folder, self._config, self._engine, job.log, job.claim, self._work())
         self._saves = not is_try
         self._progress, self._best = self._unfinished.go_on(self._meters)
@@ -212,10 +209,7 @@ class FineTuning:
         """One step and what is due after it; returns whether to stop."""
         progress, config = self._progress, self._config
         learning_rate = self._schedule.learning_rate(progress.iteration * self._rows)
-        # As pretraining has it: ranks agree in the step's own reduction, which with several is read one step later.
-        agreed_before = self._wishes
-        self._wishes = self._step(batches, learning_rate, [self._job.requests.wants_stop()])
-        (num_stopping,) = (self._wishes if self._mesh.world.size == 1 else agreed_before).read()
+        (num_stopping,) = self._step(batches, learning_rate, [self._job.requests.wants_stop()]).read()
         progress.iteration, progress.step = progress.iteration + 1, progress.step + 1
         is_end = progress.iteration == self.num_steps
         if progress.iteration % config.logging.log_interval == 0 or is_end:

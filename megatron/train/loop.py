@@ -7,8 +7,6 @@ from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from megatron.checkpoint.claim import Claim
 from megatron.checkpoint.metrics import loss_name
 from megatron.checkpoint.places import BOARD, METRICS_FILE, place_of
@@ -31,7 +29,6 @@ from megatron.train.observation.profiler import StepProfiler
 from megatron.train.setup.peak import measured_peak_flops
 from megatron.train.setup.run import Run
 from megatron.train.state import is_due
-from megatron.train.step.agreement import Arriving
 from megatron.train.step.evaluate import Evaluation
 from megatron.train.step.meters import Meters, StepSums
 from megatron.train.step.train_step import TrainStep
@@ -99,7 +96,6 @@ class Training:
         self._last_iteration, self._last_sample = run.sizes.end(run.state)
         self._meters = meters
         self._step = TrainStep(run.engine, meters, judge=run.judge if run.config.guards.on_spike == "skip" else None)
-        self._wishes = Arriving(torch.zeros(2))  # how many ranks want to stop, and to save
         self._saved_at_s = time.monotonic()
 
     def finish(self) -> bool:
@@ -184,21 +180,17 @@ class Training:
 
     def _take_step(self, loader: Iterator[Batch], rows: int, learning_rate: float,
                    weight_decay: float | None) -> Sequence[int]:
-        """Train on the next `rows` rows; returns how many ranks want to stop, and how many want to save.
-
-        Ranks agree on both in the step's own all-reduce. With several ranks the numbers are those of the step before,
-        which have long arrived, so that no step waits for the device.
+        """Train on the next `rows` rows; returns how many ranks want to stop and to save, as `TrainStep` counts them.
         """
         run, state = self._run, self._run.state
         if weight_decay is not None:
             run.engine.optimizer.set_weight_decay(weight_decay)
         micro_batches = list(itertools.islice(loader, rows // run.sizes.rows_a_micro_step))
-        wishes, agreed_before = (self._requests.wants_stop(), self._is_time_to_save()), self._wishes
+        wishes = self._requests.wants_stop(), self._is_time_to_save()
         self._guard.note(rows)
         run.mesh.progress.step = state.iteration + 1
         factor = self._faults.factor(state.iteration + 1, state.sample_at(state.consumed_samples))
-        self._wishes = self._step(micro_batches, learning_rate, wishes, factor)
-        return (self._wishes if run.mesh.world.size == 1 else agreed_before).read()
+        return self._step(micro_batches, learning_rate, wishes, factor).read()
 
     def _due(self, num_stopping: int, num_saving: int) -> DueAfterStep:
         """What is due after the step just taken, the same on all ranks."""
