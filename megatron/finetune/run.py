@@ -33,8 +33,9 @@ from megatron.parallel.collectives import all_gather_object
 from megatron.parallel.compilation import wants_compilation
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.sameness import SAME_FILES, check_same, check_same_flags
-from megatron.train.setup.precision import set_tf32, with_precision_chosen
-from megatron.train.setup.ways import set_deterministic, set_flash_attention, ways
+from megatron.train.setup.precision import with_precision_chosen
+from megatron.train.setup.pytorch import configure_pytorch
+from megatron.train.setup.ways import ways
 from megatron.train.stop import StopRequests
 
 Report = dict[str, Any]
@@ -145,9 +146,7 @@ def _job(flags: Flags, mesh: Mesh, log: Log, requests: StopRequests) -> Job:
 def _settled(flags: Flags, saved: Mapping[str, Any], mesh: Mesh, log: Log) -> Flags:
     """The flags with `--precision auto` resolved, after configuring PyTorch as they ask; raises ConfigError."""
     config = flags.config(saved, mesh.data.size)
-    set_tf32(config, mesh)
-    set_flash_attention(config, mesh)
-    set_deterministic(config, mesh)
+    configure_pytorch(config, mesh)
     config = with_precision_chosen(config, None, mesh, log)
     log.line(ways(config, mesh, wants_compilation(config, mesh.device)))
     if "precision" not in flags.others:

@@ -1,6 +1,5 @@
 """The line in which a run reports the implementation chosen for each operation."""
 
-import os
 from dataclasses import replace
 
 import pytest
@@ -11,9 +10,7 @@ from megatron.errors import ConfigError
 from megatron.kernels.attention import backends, compiled
 from megatron.kernels.pointwise import compiled as pointwise
 from megatron.parallel.mesh import Axis, Mesh
-from megatron.train.setup import ways as module_of_ways
-from megatron.train.setup.precision import set_tf32
-from megatron.train.setup.ways import set_deterministic, set_flash_attention, ways
+from megatron.train.setup.ways import ways
 
 
 def said(flags, mesh=None, is_compiled=False):
@@ -42,38 +39,7 @@ def test_a_convolution_that_the_compiled_code_does_not_take_is_named():
     assert "products Triton's kernels; " in said("--qkv-conv-kernel 9", Mesh(device=torch.device("meta")))
 
 
-def test_tf32_is_set_where_it_is_asked_for_and_refused_without_a_gpu_that_has_it(monkeypatch):
-    config, _ = parse(["--preset", "esm2-8m", "--micro-batch-size", "1", "--tf32"])
-    with pytest.raises(ConfigError, match="--tf32 needs a GPU of compute capability 8.0 .* is on cpu"):
-        set_tf32(config, Mesh())
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
-    before = torch.get_float32_matmul_precision()
-    try:
-        set_tf32(config, Mesh(device=torch.device("cuda")))
-        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
-    finally:
-        torch.set_float32_matmul_precision(before)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
-    with pytest.raises(ConfigError, match="on cuda; leave it out"):
-        set_tf32(config, Mesh(device=torch.device("cuda")))
-
-
-def test_deterministic_mode_asks_pytorch_for_one_order_on_gpus_alone(monkeypatch):
-    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-    gpu, flags = Mesh(device=torch.device("cuda")), ["--preset", "esm2-8m", "--micro-batch-size", "1"]
-    asked, plain = parse([*flags, "--deterministic-mode"])[0], parse(flags)[0]
-    try:
-        for config, mesh in ((plain, gpu), (asked, Mesh())):
-            set_deterministic(config, mesh)
-            assert not torch.are_deterministic_algorithms_enabled() and "CUBLAS_WORKSPACE_CONFIG" not in os.environ
-        set_deterministic(asked, gpu)
-        assert torch.are_deterministic_algorithms_enabled()
-        assert not torch.is_deterministic_algorithms_warn_only_enabled()
-        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
-        assert not torch.utils.deterministic.fill_uninitialized_memory
-    finally:
-        torch.use_deterministic_algorithms(False)
+def test_deterministic_mode_is_said():
     assert said("--deterministic-mode").endswith("; every sum in one order")
 
 
@@ -106,25 +72,6 @@ def test_where_triton_is_interpreted_the_update_is_not_said_to_be_compiled(monke
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert "half of each by Triton's kernels, momentum and step by PyTorch)" in said("--optimizer muon")
-
-
-def test_another_flash_attention_is_set_where_it_is_installed_and_refused_elsewhere(monkeypatch):
-    def config(asked):
-        return parse(["--preset", "esm2-8m", "--micro-batch-size", "1", "--flash-attention", asked])[0]
-
-    gpu, activated = Mesh(device=torch.device("cuda")), []
-    set_flash_attention(config("FA2"), Mesh())
-    with pytest.raises(ConfigError, match="--flash-attention FA3 is for GPUs, and this run is on cpu; leave it out"):
-        set_flash_attention(config("FA3"), Mesh())
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
-    with pytest.raises(ConfigError, match="FA4 needs a GPU of compute capability 9.0 or 10.0, and this one has 8.0"):
-        set_flash_attention(config("FA4"), gpu)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    with pytest.raises(ConfigError, match="FA3 cannot be loaded .*flash_attn_interface.*package flash_attn_3"):
-        set_flash_attention(config("FA3"), gpu)
-    monkeypatch.setattr(module_of_ways, "activate_flash_attention_impl", activated.append)
-    set_flash_attention(config("FA4"), gpu)
-    assert activated == ["FA4"]
 
 
 @pytest.mark.parametrize(("flags", "way"), [

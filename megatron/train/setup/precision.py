@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from megatron.config import Config
-from megatron.errors import ConfigError
 from megatron.log import Log
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.waits import read
@@ -34,17 +33,6 @@ def with_precision_chosen(config: Config, saved: Mapping[str, Any] | None, mesh:
     log.line(f"precision: {names[0] if names else 'fp32'}; {why}")
     settled: dict[str, Any] = {"precision": None, **chosen}
     return replace(config, precision=replace(config.precision, **settled))
-
-
-def set_tf32(config: Config, mesh: Mesh) -> None:
-    """Compute fp32 products in TF32 if `--tf32` asks for it; raises ConfigError without a GPU that has it."""
-    if not config.precision.tf32:
-        return
-    if mesh.device.type != "cuda" or torch.cuda.get_device_capability(mesh.device) < (8, 0):
-        raise ConfigError(f"--tf32 needs a GPU of compute capability 8.0 or later, and this run is on {mesh.device}; "
-                          "leave it out")
-    # This call sets the older names of the setting too, which inductor reads; PyTorch 2.10 refuses if they disagree.
-    torch.set_float32_matmul_precision("high")
 
 
 def _measured(config: Config, mesh: Mesh) -> tuple[bool, float]:

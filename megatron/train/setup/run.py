@@ -25,7 +25,8 @@ from megatron.parallel.mesh import Mesh
 from megatron.parallel.placement import Part
 from megatron.parallel.sameness import SAME_FILES, check_same
 from megatron.train.guards.spikes import SpikeJudge
-from megatron.train.setup.precision import set_tf32, with_precision_chosen
+from megatron.train.setup.precision import with_precision_chosen
+from megatron.train.setup.pytorch import configure_pytorch
 from megatron.train.setup.resume import (
     differences,
     facts_of,
@@ -35,7 +36,7 @@ from megatron.train.setup.resume import (
     started_again,
 )
 from megatron.train.setup.schedule import chosen_schedule
-from megatron.train.setup.ways import set_deterministic, set_flash_attention, ways
+from megatron.train.setup.ways import ways
 from megatron.train.state import BatchSizes, TrainState
 from megatron.train.step.engine import Engine, build_engine, stream_of
 from megatron.train.step.graph import check_graph
@@ -99,9 +100,7 @@ def build(config: Config, mesh: Mesh, log: Log, left_out: Windows = (), num_rewi
         raise ConfigError("--data-path is missing; give the prefix of the .bin and .idx that tools/preprocess_data.py "
                           "wrote")
     check_graph(config, mesh)
-    set_tf32(config, mesh)
-    set_flash_attention(config, mesh)
-    set_deterministic(config, mesh)
+    configure_pytorch(config, mesh)
     sizes = BatchSizes(config.training, mesh.data.size)
     vocab = Vocab.from_file(config.data.vocab_file, config.data.mask_token)
     config = started_again(config, mesh.world, log)

@@ -1,9 +1,6 @@
 """Says in one log line which implementation each operation of a run uses, so that a slow one is noticed at once."""
 
-import os
-
 import torch
-from torch.nn.attention import activate_flash_attention_impl
 
 from megatron.config import Config
 from megatron.errors import ConfigError
@@ -39,40 +36,6 @@ def ways(config: Config, mesh: Mesh, is_compiled: bool) -> str:
     return (f"attention by {attention}; between matrix products {between}; the loss by {loss}; "
             f"the update by {_update(config, qkv_tgcd)}{fp8}"
             f"{'; every sum in one order' if config.training.deterministic_mode else ''}")
-
-
-def set_flash_attention(config: Config, mesh: Mesh) -> None:
-    """Make PyTorch use the version of FlashAttention that `--flash-attention` names; raises ConfigError if it cannot.
-    """
-    wanted = config.training.flash_attention
-    if wanted == "FA2":
-        return
-    if mesh.device.type != "cuda":
-        raise ConfigError(f"--flash-attention {wanted} is for GPUs, and this run is on {mesh.device}; leave it out")
-    has, takes = torch.cuda.get_device_capability(mesh.device), {"FA3": [9], "FA4": [9, 10]}[wanted]
-    if has[0] not in takes:
-        needed = " or ".join(f"{major}.0" for major in takes)
-        raise ConfigError(f"--flash-attention {wanted} needs a GPU of compute capability {needed}, and this one has "
-                          f"{has[0]}.{has[1]}; leave it out")
-    try:
-        activate_flash_attention_impl(wanted)
-    except (ImportError, RuntimeError) as error:
-        raise ConfigError(f"--flash-attention {wanted} cannot be loaded ({error}); install it (package "
-                          f"{'flash_attn_3' if wanted == 'FA3' else 'flash-attn-4'}), or leave it out") from error
-
-
-def set_deterministic(config: Config, mesh: Mesh) -> None:
-    """Make a GPU add in a fixed order where `--deterministic-mode` asks for it; CPUs always do.
-
-    Otherwise FlashAttention's backward pass and PyTorch's index sums add in the order in which threads arrive. An
-    operation without a deterministic implementation raises a RuntimeError that names it. cuBLAS reads its variable when
-    it is first used (its documentation, "Results Reproducibility").
-    """
-    if config.training.deterministic_mode and mesh.device.type == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-        # No code reads memory that it has not written, so filling it would only take time.
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def _attention(config: Config, qkv_tgcd: torch.Tensor, is_whole: bool) -> str:
