@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from megatron.checkpoint.convert.formats import FORMATS
 from megatron.checkpoint.metrics import read_records
 from megatron.checkpoint.store import read_state
 from megatron.data.corpus.indexed import open_indexed
+from megatron.train import rewinding
 from tests.golden.training import edit_state, losses, weights
 from tests.indexed_files import write_indexed
 
@@ -83,13 +85,17 @@ def test_a_command_that_takes_up_another_run_goes_on_with_its_own_once_that_has_
     assert "training is complete" in "".join(begun.lines)
 
 
-def test_a_kept_course_of_another_peak_leaves_single_groups_their_own(run):
+def test_a_kept_schedule_of_another_peak_leaves_single_groups_their_own_and_flags_as_they_are(run, monkeypatch):
+    train = Mock(wraps=rewinding.train)
+    monkeypatch.setattr(rewinding, "train", train)
     flags = ["--optimizer", "muon", "--muon-lr", 0.01, "--lr-decay-style", "constant", "--lr-warmup-fraction", 0,
              "--train-iters", 4]
     run(*flags, "--lr", 1e-3, "--exit-interval", 2)
     run(*flags, "--lr", 1e-4, "--use-checkpoint-lr-scheduler")
     assert losses(run.folder, name="learning_rate") == {2: 1e-3, 4: 1e-3}
     assert losses(run.folder, name="learning_rate_matrix") == pytest.approx({2: 0.01, 4: 0.01})
+    resumed = train.call_args.args[0]
+    assert resumed.engine.config == resumed.config and resumed.config.schedule.lr == 1e-4
 
 
 def test_a_checkpoint_that_names_neither_its_batch_nor_its_data_is_not_said_to_have_had_others(begun, monkeypatch):

@@ -1,6 +1,6 @@
 """From a configuration to a run that is ready to train: data, model, optimizer, and the state of a checkpoint."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
@@ -110,8 +110,7 @@ def build(config: Config, mesh: Mesh, log: Log, left_out: Windows = (), num_rewi
     schedule = chosen_schedule(config, sizes, resumed_from, log)
     data = _build_data(config, vocab, log)
     _check_same_files(config, vocab, data, checkpoint, mesh)
-    # The checkpoint's schedule may have another peak, to which the peaks of parameter groups are in proportion.
-    engine = _build_engine(replace(config, schedule=replace(config.schedule, lr=schedule.lr)), mesh, vocab, checkpoint)
+    engine = _build_engine(config, mesh, vocab, checkpoint, schedule.lr)
     log.line(ways(config, mesh, engine.is_compiled))
     # Steps to be skipped are judged on the device before the update, others on the CPU when they are logged.
     judge = SpikeJudge(config.guards, mesh.device if config.guards.on_spike == "skip" else torch.device("cpu"),
@@ -203,13 +202,13 @@ def _go_on(run: Run, checkpoint: Checkpoint) -> None:
                      f"learning-rate schedule after {run.schedule.decay_samples}")
 
 
-def _build_engine(config: Config, mesh: Mesh, vocab: Vocab, checkpoint: Checkpoint | None) -> Engine:
+def _build_engine(config: Config, mesh: Mesh, vocab: Vocab, checkpoint: Checkpoint | None, peak_lr: float) -> Engine:
     """The engine with the checkpoint's weights, or without a checkpoint with weights drawn from the seed."""
     size = vocab.padded_size(config.model)
     if checkpoint is None:
-        return build_engine(config, mesh, size, mask_id=vocab.mask_id)
+        return build_engine(config, mesh, size, mask_id=vocab.mask_id, peak_lr=peak_lr)
     with torch.device("meta"):
         whole = ProteinModel(config.model, config.precision, size, mask_id=vocab.mask_id)
     names = {name for name, _ in whole.named_parameters()}
     return build_engine(config, mesh, size, fill=lambda parameters: load_model(parameters, checkpoint, names),
-                        mask_id=vocab.mask_id)
+                        mask_id=vocab.mask_id, peak_lr=peak_lr)

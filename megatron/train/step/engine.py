@@ -99,12 +99,13 @@ MakeStage = Callable[..., ProteinModel]
 
 def build_engine(config: Config, mesh: Mesh, padded_vocab_size: int, fill: Fill | None = None,
                  is_frozen: Callable[[str], bool] = lambda name: False, mask_id: int | None = None,
-                 make_stage: MakeStage = ProteinModel) -> Engine:
+                 make_stage: MakeStage = ProteinModel, peak_lr: float | None = None) -> Engine:
     """This rank's part of the engine, on the mesh's device.
 
     Parameters are built without values and then filled in place, by `fill` or else from the seed, so that no rank ever
     holds more than its own part and one tensor of the source. `is_frozen`: whether the parameter of that name is not
-    trained. `mask_id`: the id of [MASK]. `make_stage`: builds a stage, with ProteinModel's arguments.
+    trained. `mask_id`: the id of [MASK]. `make_stage`: builds a stage, with ProteinModel's arguments. `peak_lr`: the
+    schedule's, to which the peaks of parameter groups are in proportion; by default `--lr`.
     """
     if mesh.device.type == "cpu":
         keep_freed_memory()
@@ -119,7 +120,7 @@ def build_engine(config: Config, mesh: Mesh, padded_vocab_size: int, fill: Fill 
         fill(model.parameters)
     else:
         initialise(model.parameters, config.training.seed)
-    return with_optimizer(config, mesh, padded_vocab_size, stages, model)
+    return with_optimizer(config, mesh, padded_vocab_size, stages, model, peak_lr)
 
 
 def stream_of(config: Config, mesh: Mesh) -> Stream:
@@ -137,7 +138,7 @@ def build_stages(config: Config, mesh: Mesh, padded_vocab_size: int, mask_id: in
 
 
 def with_optimizer(config: Config, mesh: Mesh, padded_vocab_size: int, stages: list[ProteinModel],
-                   model: DataParallel) -> Engine:
+                   model: DataParallel, peak_lr: float | None = None) -> Engine:
     """The engine of `stages` that `model` wraps already, with pipeline, optimizer and all else that it needs."""
     num_tokens = stages[0].stream.num_tokens_here(config.training.micro_batch_size * config.data.seq_length)
     pipeline = Pipeline(mesh, len(stages), config.parallel.pipeline_schedule,
@@ -145,8 +146,8 @@ def with_optimizer(config: Config, mesh: Mesh, padded_vocab_size: int, stages: l
     matrices = (layer for stage in stages if not model.is_gathered for layer in stage.matrices())
     copies = ComputeCopies(matrices, compute_dtype(config.precision))
     amaxes = AmaxHistory(stages, mesh)
-    optimizer = Optimizer(model.parameters, config.optimizer, mesh, config.schedule.lr, config.training.cuda_graph,
-                          config.schedule.weight_decay_incr_style != "constant")
+    optimizer = Optimizer(model.parameters, config.optimizer, mesh, config.schedule.lr if peak_lr is None else peak_lr,
+                          config.training.cuda_graph, config.schedule.weight_decay_incr_style != "constant")
     decay = config.optimizer.ema
     average = None if decay is None else WeightAverage(model.parameters, decay, mesh.device)
     loss_scale = LossScale(config.precision, mesh.device)
