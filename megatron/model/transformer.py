@@ -22,7 +22,7 @@ from megatron.kernels.rotary import Rotation, rotation_of
 from megatron.model.attention import Attention
 from megatron.model.feed_forward import feed_forward
 from megatron.model.normalisation import Norm, scaling_of
-from megatron.parallel.mesh import Axis
+from megatron.parallel.mesh import ONE_RANK_AXIS
 from megatron.parallel.parameters import BIAS, SCALE
 from megatron.parallel.pipeline.partition import Stage
 from megatron.parallel.randomness import dropout_of
@@ -114,7 +114,7 @@ class Transformer(nn.Module):
         self.rotary_width = int(config.kv_channels * config.rotary_percent) // 2 * 2 if is_rotary else 0
         self.rotary_base, self.rotary_precision = config.rotary_base, config.rotary_frequency_precision
         self.layers_a_checkpoint = config.checkpoint_num_layers if config.checkpoint_activations else None
-        self.kept_over = stream.axis if config.distribute_checkpointed_activations else Axis()
+        self.kept_over = stream.axis if config.distribute_checkpointed_activations else ONE_RANK_AXIS
         windows = (config.window(number) for number in stage.layers)
         self.mask_windows = dict.fromkeys(windows) if config.attention_backend == "flex" else None
 
