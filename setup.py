@@ -1,6 +1,6 @@
 """Installs the project: `pip install .`, or `pip install -e .`, as `examples/setup.sh` does in its own environment.
 
-The version ranges here are those that the code supports; `requirements.txt` pins the tested versions. The compiled
+The version ranges here are those that the code supports; `requirements.txt` pins the tested versions. The C++
 helpers are optional: they pack proteins into rows and, on CPUs, compute attention and the operations between matrix
 products. Without a C++ compiler or pybind11, the equivalent Python code is used, which is slower.
 """
@@ -13,7 +13,7 @@ from setuptools import Extension, find_namespace_packages, setup
 REQUIRED = ["torch>=2.11.0a0", "numpy>=1.26", "safetensors>=0.4", "tensorboard>=2.14", "tqdm>=4.60", "matplotlib>=3.7",
             "tomli>=2.0 ; python_version < '3.11'"]
 EXTRAS = {
-    "helper": ["pybind11>=2.11", "setuptools>=64"],  # builds the compiled helpers
+    "helper": ["pybind11>=2.11", "setuptools>=64"],  # builds the C++ helpers
     "fast": ["orjson>=3.8", "isal>=1.5"],  # reads JSON and gzip faster than the standard library
     "sentences": ["nltk>=3.8"],  # tools/preprocess_data.py --split-sentences
     "hdf5": ["h5py>=3.8"],  # .h5 files of tools/embed.py
@@ -26,7 +26,7 @@ EXTRAS = {
 
 
 def extensions() -> list[Extension]:
-    """The compiled helpers; an empty list if pybind11 is missing."""
+    """The C++ helpers; an empty list if pybind11 is missing."""
     try:
         from pybind11.setup_helpers import Pybind11Extension
     except ImportError:
@@ -66,7 +66,7 @@ setup(
     py_modules=["pretrain_tape"],
     entry_points={"console_scripts": commands()},
     ext_modules=extensions(),
-    setup_requires=["pybind11>=2.11"],  # to build the compiled helpers
+    setup_requires=["pybind11>=2.11"],  # to build the C++ helpers
     python_requires=">=3.10",
     install_requires=REQUIRED,
     extras_require=EXTRAS,

@@ -2,8 +2,8 @@
 
 Prints milliseconds of a forward and backward pass of a preset's normalisation, activation and rotation, and of a whole
 block, in bf16 with 16,384 tokens, on the GPU if there is one. Compared are this project's kernels (Triton on GPUs,
-compiled code on CPUs), PyTorch's functions, and these compiled by torch.compile. The cases alternate; times are medians
-with their range. The floor is the time to read and write an operation's tensors at the rate at which this device copies
+the C++ helper on CPUs), PyTorch's functions, and these under torch.compile. The cases alternate; times are medians with
+their range. The floor is the time to read and write an operation's tensors at the rate at which this device copies
 memory; that of a block is in benchmarks/roofline.py.
 """
 
@@ -27,7 +27,7 @@ from megatron.config import Config  # noqa: E402
 from megatron.config.command_line import parse  # noqa: E402
 from megatron.data.batches.typical import typical_batch  # noqa: E402
 from megatron.kernels import device as choice  # noqa: E402
-from megatron.kernels.pointwise import compiled  # noqa: E402
+from megatron.kernels.pointwise import native  # noqa: E402
 from megatron.kernels.pointwise.activation import activated  # noqa: E402
 from megatron.kernels.pointwise.heads import prepared_heads  # noqa: E402
 from megatron.kernels.pointwise.residual_norm import Scaling, normalised  # noqa: E402
@@ -70,7 +70,7 @@ def _random(*shape: int, device: torch.device) -> Tensor:
 
 def by_pytorch(operation: Operation, x: Tensor) -> Tensor:
     """The operation computed by PyTorch's own functions."""
-    with patch.object(choice, "_DTYPES", ()), patch.object(compiled, "_helper", None):
+    with patch.object(choice, "_DTYPES", ()), patch.object(native, "_helper", None):
         return operation(x)
 
 

@@ -91,7 +91,7 @@ class ModelConfig:
                                       "--checkpoint-activations", choices=("selective", "full"), changes="nothing")
     attention_backend: str = flag("auto", "implementation of attention: the fastest that supports the run, or a given "
                                   "one if it does: PyTorch's varlen_attn, Triton kernels or PyTorch's FlexAttention on "
-                                  "GPUs, compiled code on CPUs, or PyTorch one protein at a time",
+                                  "GPUs, compiled C++ code on CPUs, or PyTorch one protein at a time",
                                   choices=("auto", "varlen", "triton", "flex", "compiled", "plain"), changes="nothing")
 
     @property

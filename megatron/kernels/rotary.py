@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron.kernels.pointwise.compiled import prepare_heads, takes_compiled
+from megatron.kernels.pointwise.native import prepare_heads, takes_native
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -74,7 +74,7 @@ class _Rotate(torch.autograd.Function):
 
 
 def _turned(qkv_tgcd: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
-    if takes_compiled(qkv_tgcd):
+    if takes_native(qkv_tgcd):
         return prepare_heads(qkv_tgcd, None, None, cos, sin, 0.0, False, sign)
     wide, half = qkv_tgcd.float(), cos.shape[-1]
     out = torch.empty_like(wide, memory_format=torch.contiguous_format)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from megatron.kernels.attention.backends import BACKENDS, choose
 from megatron.kernels.attention.by_protein import ProteinPass, Window
-from megatron.kernels.attention.compiled import CompiledPass
 from megatron.kernels.attention.fused import varlen_attention
+from megatron.kernels.attention.native import NativePass
 from megatron.kernels.attention.packed import packed_attention
 from megatron.kernels.dropout import Dropout
 from megatron.kernels.packed_sequence import PackedSequence, protein_lengths
@@ -36,7 +36,7 @@ def context_attention(heads: Heads, sequence: PackedSequence, dropout: Dropout |
         return packed_attention(qkv_ugcd, sequence, dropout, window, backend)
     name = choose(qkv_ugcd, dropout is not None, window, False, backend)
     if name in ("compiled", "plain"):
-        return _gathered(qkv_ugcd, sequence, dropout, axis, window, CompiledPass if name == "compiled" else ProteinPass)
+        return _gathered(qkv_ugcd, sequence, dropout, axis, window, NativePass if name == "compiled" else ProteinPass)
     query_ugqd, key_value_ug2d = qkv_ugcd.split([qkv_ugcd.shape[2] - 2, 2], dim=2)
     key_value_tg2d = gather_slices(key_value_ug2d, axis)
     return BACKENDS[name].run(query_ugqd, sequence, dropout, window, key_value_tg2d, axis.rank * len(qkv_ugcd))
@@ -71,7 +71,7 @@ def with_neighbours(x_uf: Tensor, num_neighbours: int, axis: Axis) -> Tensor:
 # which takes as long as importing torch, only when it is first called.
 @torch._disable_dynamo
 def _gathered(qkv_ugcd: Tensor, sequence: PackedSequence, dropout: Dropout | None, axis: Axis, window: Window,
-              kind: type[CompiledPass | ProteinPass]) -> Tensor:
+              kind: type[NativePass | ProteinPass]) -> Tensor:
     return _GatheredAttention.apply(qkv_ugcd, sequence, dropout, axis, window, kind).flatten(1, 2)
 
 
@@ -80,7 +80,7 @@ class _GatheredAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, qkv_ugcd: Tensor, sequence: PackedSequence, dropout: Dropout | None, axis: Axis,
-                window: Window, kind: type[CompiledPass | ProteinPass]) -> Tensor:
+                window: Window, kind: type[NativePass | ProteinPass]) -> Tensor:
         qkv_ugcd = qkv_ugcd.contiguous()
         lengths = protein_lengths(sequence.cu_seqlens, sequence.num_filler)
         ctx.axis, ctx.going = axis, kind(lengths, axis.rank * len(qkv_ugcd), len(qkv_ugcd), window, dropout)

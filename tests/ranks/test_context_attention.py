@@ -5,7 +5,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from megatron.kernels.attention import compiled
+from megatron.kernels.attention import native
 from megatron.kernels.attention.by_protein import tiles_of
 from megatron.kernels.attention.packed import packed_attention
 from megatron.kernels.dropout import Dropout, Use
@@ -54,13 +54,13 @@ def fused(qkv, sequence, dropout, axis):
 
 
 def by_protein(*arguments):
-    """What CPUs take without the compiled helper."""
-    with patch.object(compiled, "INSTRUCTION_SETS", ()):
+    """What CPUs take without the C++ helper."""
+    with patch.object(native, "INSTRUCTION_SETS", ()):
         return attended(*arguments)
 
 
 WAYS = {"by protein": by_protein, "fused": fused}
-if compiled.INSTRUCTION_SETS:
+if native.INSTRUCTION_SETS:
     WAYS["compiled"] = attended
 
 

@@ -26,7 +26,7 @@ def weights_dropout(rate, seed=2**62 + 5, device="cpu"):
 
 
 def eager(qkv, sequence, dropout, window=None):
-    """What `packed_attention` takes where the compiled helper is missing."""
+    """What `packed_attention` takes where the C++ helper is missing."""
     return attention_by_protein(qkv, sequence, dropout, window)
 
 

@@ -8,7 +8,7 @@ import torch
 from megatron.checkpoint.convert.families import hf
 from megatron.data.corpus.vocab import Vocab
 from megatron.errors import ConfigError
-from megatron.kernels.attention import compiled
+from megatron.kernels.attention import native
 from megatron.kernels.attention.maps import attention_with_maps
 from megatron.kernels.attention.packed import packed_attention
 from megatron.kernels.packed_sequence import protein_lengths
@@ -110,7 +110,7 @@ def maps_by_definition(qkv, sequence, window):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_maps_are_the_definitions_and_the_context_is_attentions(dtype, queries, window, has_helper, monkeypatch):
     if not has_helper:
-        monkeypatch.setattr(compiled, "INSTRUCTION_SETS", ())
+        monkeypatch.setattr(native, "INSTRUCTION_SETS", ())
     torch.manual_seed(0)
     sequence = packed_batch(*LENGTHS, filler=9, empty=2).sequence
     qkv = torch.randn(len(sequence.tokens_t), 2, queries + 2, 16).to(dtype)

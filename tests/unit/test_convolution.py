@@ -1,21 +1,21 @@
-"""The convolution over each protein, compiled and plain, agrees with torch's own on each protein alone in fp64."""
+"""The convolution over each protein, native and plain, agrees with torch's own on each protein alone in fp64."""
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from megatron.kernels.pointwise import compiled
+from megatron.kernels.pointwise import native
 from megatron.kernels.pointwise.convolution import convolved
 
 LENGTHS = [(1,), (2, 1, 3, 1), (4, 9, 1, 37, 2), (150, 1, 290)]  # shorter than the taps, and beyond a piece of 256
 FEATURES = [1, 7, 300]
 
 
-@pytest.fixture(params=["compiled", "plain"], autouse=True)
+@pytest.fixture(params=["native", "plain"], autouse=True)
 def way(request, monkeypatch):
     if request.param == "plain":
-        monkeypatch.setattr(compiled, "_helper", None)
-    elif not compiled.is_built():
+        monkeypatch.setattr(native, "_helper", None)
+    elif not native.is_built():
         pytest.skip("megatron.kernels.pointwise._pointwise is not built")
 
 

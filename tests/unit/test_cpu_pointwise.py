@@ -1,14 +1,14 @@
-"""The compiled helper for operations between matrix products on CPUs agrees with PyTorch in fp64."""
+"""The C++ helper for operations between matrix products on CPUs agrees with PyTorch in fp64."""
 
 import pytest
 import torch
 
-from megatron.kernels.pointwise import compiled
+from megatron.kernels.pointwise import native
 from megatron.kernels.pointwise.activation import activated, activated_reference
 from megatron.kernels.pointwise.heads import HeadScaling, normed_queries_and_keys, prepared_heads
 from megatron.kernels.rotary import Rotation, rotate, rotate_reference, rotation_of
 
-pytestmark = pytest.mark.skipif(not compiled.is_built(), reason="megatron.kernels.pointwise._pointwise is not built")
+pytestmark = pytest.mark.skipif(not native.is_built(), reason="megatron.kernels.pointwise._pointwise is not built")
 KINDS = ["gelu_tanh", "gelu", "squared_relu", "swiglu"]
 SHAPES = [(1, 1), (3, 7), (257, 300), (600, 515)]  # within a piece of 256 x 256, and beyond
 
@@ -137,7 +137,7 @@ def test_sums_over_tokens_are_fp32s(dtype):
     torch.manual_seed(0)
     for shape in SHAPES:
         x = torch.randn(shape).to(dtype)
-        torch.testing.assert_close(compiled.sum_tokens(x), x.double().sum(0).float(), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(native.sum_tokens(x), x.double().sum(0).float(), atol=1e-5, rtol=1e-5)
 
 
 def test_the_bits_do_not_depend_on_the_threads():
@@ -149,7 +149,7 @@ def test_the_bits_do_not_depend_on_the_threads():
         torch.set_num_threads(number)
         try:
             out = activated("swiglu", tuple(tensors[:2]), tuple(tensors[2:]))
-            results.append((out, *gradients(out, tensors, weights), compiled.sum_tokens(weights),
+            results.append((out, *gradients(out, tensors, weights), native.sum_tokens(weights),
                             *prepared_and_gradients(heads[0], True, *heads[1:])))
         finally:
             torch.set_num_threads(threads)
@@ -158,5 +158,5 @@ def test_the_bits_do_not_depend_on_the_threads():
 
 @pytest.mark.parametrize("tensor", [torch.empty(4, device="meta"), torch.empty(4).half(), torch.empty(4).double()])
 def test_what_is_not_on_the_host_or_of_another_dtype_is_left_to_pytorch(tensor):
-    assert not compiled.takes_compiled(tensor)
-    assert compiled.takes_compiled(torch.empty(4, 8))
+    assert not native.takes_native(tensor)
+    assert native.takes_native(torch.empty(4, 8))

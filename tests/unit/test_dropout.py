@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from megatron.kernels.dropout import Dropout, Use, dropped, is_kept
-from megatron.kernels.pointwise import compiled
+from megatron.kernels.pointwise import native
 from megatron.kernels.pointwise.residual_norm import after_dropout
 from megatron.parallel.mesh import Axis
 from megatron.parallel.tensor.stream import Stream
@@ -51,8 +51,8 @@ def test_each_seed_use_row_and_head_has_numbers_of_its_own():
 
 @pytest.mark.parametrize("width", [7, 64, 130])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.skipif(not compiled.is_built(), reason="megatron.kernels.pointwise._pointwise is not built")
-def test_compiled_code_drops_what_the_definition_drops(width, dtype):
+@pytest.mark.skipif(not native.is_built(), reason="megatron.kernels.pointwise._pointwise is not built")
+def test_native_code_drops_what_the_definition_drops(width, dtype):
     dropout = Dropout(0.3, torch.tensor(SEED), Use.FEED_FORWARD_OUTPUT, 1000)
     branch = torch.ones(300, width, dtype=dtype, requires_grad=True)
     out = after_dropout(branch, dropout)

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron.config import ModelConfig, PrecisionConfig
 from megatron.data.batches.batch import Batch
-from megatron.kernels.attention import compiled
+from megatron.kernels.attention import native
 from megatron.kernels.packed_sequence import Targets
 from megatron.model.flops import model_flops
 from megatron.model.initialisation import initialise
@@ -176,7 +176,7 @@ def test_a_model_built_without_memory_is_filled_in_place_to_the_same_bits():
 
 
 def test_model_flops_are_what_torch_counts_without_the_filler(monkeypatch):
-    monkeypatch.setattr(compiled, "INSTRUCTION_SETS", ())  # torch counts its own products alone
+    monkeypatch.setattr(native, "INSTRUCTION_SETS", ())  # torch counts its own products alone
     model, batch = make_model(), packed_batch(20, 33, 5)
     with FlopCounterMode(display=False) as counter:
         outcome(model, batch)[0].backward()

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatron.config import ModelConfig, OptimizerConfig, PrecisionConfig
 from megatron.config.command_line import parse
 from megatron.errors import ConfigError
-from megatron.kernels.attention import compiled
+from megatron.kernels.attention import native
 from megatron.kernels.pointwise.heads import normed_heads
 from megatron.kernels.rotary import rotate, rotate_reference, rotation_of
 from megatron.model.attention import Attention, ShortConvolution, ValueEmbedding
@@ -117,7 +117,7 @@ def test_half_precision_stays_close(family):
 
 @pytest.mark.parametrize("name", ["esm2", "protbert"])
 def test_model_flops_are_what_torch_counts(name, monkeypatch):
-    monkeypatch.setattr(compiled, "INSTRUCTION_SETS", ())  # torch counts its own products alone
+    monkeypatch.setattr(native, "INSTRUCTION_SETS", ())  # torch counts its own products alone
     model, batch = make_model(FAMILIES[name]), packed_batch(20, 33, 5)
     with FlopCounterMode(display=False) as counter:
         model(batch.sequence, batch.targets)[0].backward()

@@ -1,4 +1,4 @@
-"""Rows of whole proteins: none lost, no row too long, and the compiled packer agrees with its Python twin."""
+"""Rows of whole proteins: none lost, no row too long, and the native packer agrees with its Python twin."""
 
 import tracemalloc
 from pathlib import Path
@@ -12,7 +12,7 @@ from megatron.data.rows import packing
 from megatron.data.rows.packing import PackedRows, order_key, pack, pack_in_python
 
 SAMPLES = Path(__file__).resolve().parents[2].parent / "shared" / "fixtures" / "preprocess_set1"
-COMPILED = pytest.mark.skipif(not packing.IS_COMPILED, reason="megatron.data.rows._packing is not built")
+NATIVE = pytest.mark.skipif(not packing.IS_NATIVE, reason="megatron.data.rows._packing is not built")
 
 packings = st.sampled_from(["sequential", "best-fit"])
 some_lengths = st.lists(st.integers(0, 90), max_size=300)
@@ -45,30 +45,30 @@ def test_every_protein_is_in_one_row_and_no_row_is_too_full(lengths, most_residu
         assert np.minimum(sizes[row] + ends, seq_length).sum() <= seq_length
 
 
-@COMPILED
+@NATIVE
 @settings(deadline=None)
 @given(some_lengths, st.integers(1, 120), packings, keys, st.booleans(), num_ends)
-def test_the_compiled_packer_gives_the_rows_of_its_python_twin(lengths, most_residues, kind, key, drop_long, ends):
+def test_the_native_packer_gives_the_rows_of_its_python_twin(lengths, most_residues, kind, key, drop_long, ends):
     seq_length = most_residues + ends
     for dtype in (np.int32, np.int64):
-        compiled, twin = (packer(np.array(lengths, dtype=dtype), seq_length, kind, key=key, drop_long=drop_long,
-                                        num_ends=ends)
-                          for packer in (pack, pack_in_python))
-        np.testing.assert_array_equal(compiled.pieces, twin.pieces)
-        np.testing.assert_array_equal(compiled.row_starts, twin.row_starts)
-        assert compiled.pieces.dtype == twin.pieces.dtype
+        native, twin = (packer(np.array(lengths, dtype=dtype), seq_length, kind, key=key, drop_long=drop_long,
+                               num_ends=ends)
+                        for packer in (pack, pack_in_python))
+        np.testing.assert_array_equal(native.pieces, twin.pieces)
+        np.testing.assert_array_equal(native.row_starts, twin.row_starts)
+        assert native.pieces.dtype == twin.pieces.dtype
 
 
-@COMPILED
+@NATIVE
 @pytest.mark.parametrize("kind", ["sequential", "best-fit"])
-def test_the_compiled_packer_gives_its_twins_rows_past_one_window_and_one_bucket(kind):
+def test_the_native_packer_gives_its_twins_rows_past_one_window_and_one_bucket(kind):
     lengths = pfam_like(20_000)
-    compiled, twin = (packer(lengths, 512, kind, key=11) for packer in (pack, pack_in_python))
-    np.testing.assert_array_equal(compiled.pieces, twin.pieces)
-    np.testing.assert_array_equal(compiled.row_starts, twin.row_starts)
+    native, twin = (packer(lengths, 512, kind, key=11) for packer in (pack, pack_in_python))
+    np.testing.assert_array_equal(native.pieces, twin.pieces)
+    np.testing.assert_array_equal(native.row_starts, twin.row_starts)
 
 
-@COMPILED
+@NATIVE
 @pytest.mark.parametrize("most_held", [1, 700, 19_999])
 def test_shuffling_in_passes_that_hold_fewer_proteins_gives_the_same_rows(most_held):
     lengths = pfam_like(20_000)
@@ -78,7 +78,7 @@ def test_shuffling_in_passes_that_hold_fewer_proteins_gives_the_same_rows(most_h
     np.testing.assert_array_equal(row_starts, expected.row_starts)
 
 
-@COMPILED
+@NATIVE
 def test_packing_with_both_ends_takes_no_more_memory_than_with_one():
     lengths, peaks = pfam_like(100_000), []
     for ends in (1, 2):
@@ -114,14 +114,14 @@ def test_best_fit_closes_gaps_exactly():
     assert [rows.row(i).tolist() for i in range(len(rows))] == [[0, 2], [1, 3], [4]]
 
 
-@COMPILED
+@NATIVE
 @pytest.mark.parametrize("seq_length", [2176, 512])
 def test_best_fit_fills_99_percent_of_pfam_like_rows(seq_length):
     lengths = pfam_like(200_000)
     assert fill(pack(lengths, seq_length, "best-fit", key=1), lengths, seq_length) > 0.99
 
 
-@COMPILED
+@NATIVE
 def test_best_fit_keeps_the_shuffled_order_nearly():
     lengths = pfam_like(50_000)
     order = pack(lengths, 2176, "sequential", key=5).pieces.astype(np.int64)
@@ -143,7 +143,7 @@ def test_the_shuffle_puts_every_protein_everywhere():
     assert np.all(np.abs(places.mean(axis=0) - 9.5) < 4 * 5.77 / np.sqrt(1000))
 
 
-@COMPILED
+@NATIVE
 def test_more_than_2_to_31_tokens_and_lengths_past_32_bits_do_not_overflow():
     lengths = np.full(2**9, 2**23 - 1, dtype=np.int32)  # 2^32 tokens
     rows = pack(lengths, 2**23, "best-fit", key=1)

@@ -28,10 +28,10 @@ TINY = (f"--preset esm2-8m --num-layers {LAYERS} --hidden-size {HIDDEN} --num-at
         f"--ffn-hidden-size {FEED_FORWARD}")
 # Of megatron.kernels what launches nothing by itself: choosers, CPUs' ways, what a kernel's module is launched by.
 WITHOUT_KERNELS = {
-    "attention", "attention.backends", "attention.by_protein", "attention.compiled", "attention.launches",
+    "attention", "attention.backends", "attention.by_protein", "attention.native", "attention.launches",
     "attention.maps", "attention.packed", "cross_entropy", "device", "dropout", "newton_schulz",
     "newton_schulz.orthogonal", "newton_schulz.symmetric", "packed_sequence", "pointwise", "pointwise.activation",
-    "pointwise.compiled", "pointwise.convolution", "pointwise.heads", "pointwise.product", "pointwise.residual_norm",
+    "pointwise.native", "pointwise.convolution", "pointwise.heads", "pointwise.product", "pointwise.residual_norm",
     "rotary"}
 INSIDE_OTHERS = {"dropout_triton", "pointwise.head_rows_triton"}  # functions that kernels of other modules call
 

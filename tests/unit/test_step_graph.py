@@ -22,7 +22,7 @@ from megatron.config import (
 )
 from megatron.errors import ConfigError
 from megatron.kernels.attention.packed import attention_reference
-from megatron.kernels.pointwise import compiled
+from megatron.kernels.pointwise import native
 from megatron.optim.optimizer import Optimizer
 from megatron.parallel import context
 from megatron.parallel.mesh import Mesh
@@ -64,7 +64,7 @@ class Tracer:
 @pytest.fixture(autouse=True)
 def plain(monkeypatch):
     """Attention and what lies between products by PyTorch alone, whose operations a trace sees."""
-    monkeypatch.setattr(compiled, "_helper", None)
+    monkeypatch.setattr(native, "_helper", None)
     monkeypatch.setattr(context, "packed_attention", lambda *arguments: attention_reference(*arguments[:4]))
 
 

@@ -7,8 +7,8 @@ import torch
 
 from megatron.config.command_line import parse
 from megatron.errors import ConfigError
-from megatron.kernels.attention import backends, compiled
-from megatron.kernels.pointwise import compiled as pointwise
+from megatron.kernels.attention import backends, native
+from megatron.kernels.pointwise import native as pointwise
 from megatron.parallel.mesh import Axis, Mesh
 from megatron.train.setup.ways import ways
 
@@ -18,24 +18,24 @@ def said(flags, mesh=None, is_compiled=False):
     return ways(config, mesh or Mesh(device=torch.device("cpu")), is_compiled)
 
 
-@pytest.mark.skipif(not compiled.INSTRUCTION_SETS, reason="the compiled helpers are not built")
-def test_on_cpus_it_is_compiled_code_and_why_it_is_not_where_it_is_not(monkeypatch):
-    best = compiled.INSTRUCTION_SETS[0]
-    assert said("").startswith(f"attention by compiled code ({best}); between matrix products compiled code")
-    assert said("--fp16") == ("attention by PyTorch one protein at a time (compiled code takes fp32 and bf16); between "
-                              "matrix products PyTorch, in several passes (compiled code takes fp32 and bf16); "
-                              "the loss by PyTorch; the update by PyTorch's fused AdamW")
-    monkeypatch.setattr(compiled, "INSTRUCTION_SETS", ())
+@pytest.mark.skipif(not native.INSTRUCTION_SETS, reason="the C++ helpers are not built")
+def test_on_cpus_it_is_the_cpp_helper_and_why_it_is_not_where_it_is_not(monkeypatch):
+    best = native.INSTRUCTION_SETS[0]
+    assert said("").startswith(f"attention by the C++ helper ({best}); between matrix products the C++ helper")
+    assert said("--fp16") == ("attention by PyTorch one protein at a time (the C++ helper takes fp32 and bf16); "
+                              "between matrix products PyTorch, in several passes (the C++ helper takes fp32 and "
+                              "bf16); the loss by PyTorch; the update by PyTorch's fused AdamW")
+    monkeypatch.setattr(native, "INSTRUCTION_SETS", ())
     monkeypatch.setattr(pointwise, "_helper", None)
-    assert said("").startswith("attention by PyTorch one protein at a time (compiled code is not built: that takes a "
+    assert said("").startswith("attention by PyTorch one protein at a time (the C++ helper is not built: that takes a "
                                "C++ compiler and pybind11); between matrix products PyTorch, in several passes "
-                               "(compiled code is not built); ")
+                               "(the C++ helper is not built); ")
 
 
-@pytest.mark.skipif(not pointwise.is_built(), reason="the compiled helpers are not built")
-def test_a_convolution_that_the_compiled_code_does_not_take_is_named():
-    assert "between matrix products compiled code; " in said("--qkv-conv-kernel 7")
-    assert "products compiled code, but for the convolution of 9 PyTorch; " in said("--qkv-conv-kernel 9")
+@pytest.mark.skipif(not pointwise.is_built(), reason="the C++ helpers are not built")
+def test_a_convolution_that_the_cpp_helper_does_not_take_is_named():
+    assert "between matrix products the C++ helper; " in said("--qkv-conv-kernel 7")
+    assert "products the C++ helper, but for the convolution of 9 PyTorch; " in said("--qkv-conv-kernel 9")
     assert "products Triton's kernels; " in said("--qkv-conv-kernel 9", Mesh(device=torch.device("meta")))
 
 

@@ -20,7 +20,7 @@ from megatron.data.corpus.vocab import Vocab
 from megatron.data.rows.clusters import Clusters
 from megatron.data.rows.fixed_masks import FixedMasks, most_fixed_targets
 from megatron.data.rows.masking import Masker, Masking
-from megatron.data.rows.packing import IS_COMPILED, PackedRows, order_key, pack
+from megatron.data.rows.packing import IS_NATIVE, PackedRows, order_key, pack
 from megatron.data.rows.row_cache import RowCache
 from megatron.errors import DataError
 from megatron.log import number_of
@@ -161,7 +161,7 @@ class PackedDataset:
         fill = self._num_tokens(0) / max(1, num_rows * self.settings.seq_length)
         notes = "" if self._id_table is None else ("; ids mapped by letter from the vocabulary of its .stats.json, or "
                                                    "iupac without one")
-        notes += "" if IS_COMPILED else "; packed in Python, as the compiled module is missing: pip install -e ."
+        notes += "" if IS_NATIVE else "; packed in Python, as the C++ helper is missing: pip install -e ."
         num_files = len(self.documents.indexed.parts)
         files = f" of {num_files} files" if num_files > 1 else ""
         return (f"{self.name}: {number_of(len(self.documents), 'protein')}{files}{clusters} ({pieces.num_long:,} "

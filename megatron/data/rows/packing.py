@@ -11,7 +11,7 @@ anew, and are laid down by
   wait for a row of its own; placing each piece at once in the tightest of many open rows left 2.3 % of Pfam-like rows
   of 512 empty, this 0.1 %.
 
-Every piece with residues falls in exactly one row, those at the epoch's end too. The compiled module `_packing` and
+Every piece with residues falls in exactly one row, those at the epoch's end too. The C++ helper `_packing` and
 `pack_in_python` give the same rows.
 """
 
@@ -28,7 +28,7 @@ try:
 except ImportError:  # setup.py builds it where there is a C++ compiler
     _packing = None
 
-IS_COMPILED = _packing is not None
+IS_NATIVE = _packing is not None
 WAITING_PIECES = 1024
 
 
@@ -54,7 +54,7 @@ def pack(lengths: np.ndarray, seq_length: int, packing: str, *, key: int | None,
     `key` shuffles the pieces (`order_key`); None keeps their order. A piece longer than a row counts as `seq_length`
     positions, or is left out with `drop_long`; an empty one is always left out.
     """
-    if not IS_COMPILED:
+    if not IS_NATIVE:
         return pack_in_python(lengths, seq_length, packing, key=key, drop_long=drop_long, num_ends=num_ends)
     window = {"sequential": 0, "best-fit": WAITING_PIECES}[packing]
     return PackedRows(*_packing.pack(np.ascontiguousarray(lengths), seq_length, window, key, drop_long,
@@ -63,7 +63,7 @@ def pack(lengths: np.ndarray, seq_length: int, packing: str, *, key: int | None,
 
 def pack_in_python(lengths: np.ndarray, seq_length: int, packing: str, *, key: int | None,
                    drop_long: bool = False, num_ends: int = 1) -> PackedRows:
-    """The same rows as `pack`, without the compiled module: its oracle, and its fallback at some 1 µs a protein."""
+    """The same rows as `pack`, without the C++ helper: its oracle, and its fallback at some 1 µs a protein."""
     order = np.arange(len(lengths)) if key is None else np.argsort(order_hashes(key, len(lengths)))
     max_residues = seq_length - num_ends
     taken = (lengths > 0) & ((lengths <= max_residues) | (not drop_long))

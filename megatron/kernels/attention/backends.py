@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.nn.attention import current_flash_attention_impl
 
 from megatron.errors import ConfigError
-from megatron.kernels.attention import compiled
+from megatron.kernels.attention import native
 from megatron.kernels.attention.by_protein import Window, attention_by_protein
-from megatron.kernels.attention.compiled import compiled_attention
 from megatron.kernels.attention.flex import by_flex
 from megatron.kernels.attention.fused import by_triton, by_varlen
+from megatron.kernels.attention.native import native_attention
 from megatron.kernels.device import has_triton, is_fake, is_of_ampere, runs_triton, takes_gpu_way
 from megatron.kernels.dropout import Dropout
 from megatron.kernels.packed_sequence import PackedSequence
@@ -73,11 +73,11 @@ def in_words(name: str, is_asked: bool, qkv_ugcd: Tensor, has_dropout: bool, win
     elif not is_asked and name == "triton":
         why = f"varlen_attn {_why_not_varlen(qkv_ugcd, has_dropout, window, is_whole)}"
     elif not is_asked and name == "compiled":
-        why = compiled.INSTRUCTION_SETS[0]
+        why = native.INSTRUCTION_SETS[0]
     elif not is_asked and takes_gpu_way(qkv_ugcd):
         return f"{BACKENDS[name].words}, which is slow (no kernel takes this GPU, dtype and width)"
     elif not is_asked:
-        why = f"compiled code {_why_not_compiled(qkv_ugcd)}"
+        why = f"the C++ helper {_why_not_native(qkv_ugcd)}"
     return f"{BACKENDS[name].words} ({why})"
 
 
@@ -127,10 +127,10 @@ def _why_not_flex(qkv_ugcd: Tensor, has_dropout: bool, *_: object) -> str | None
     return "takes no float64" if qkv_ugcd.dtype == torch.float64 else None
 
 
-def _why_not_compiled(qkv_ugcd: Tensor, *_: object) -> str | None:
+def _why_not_native(qkv_ugcd: Tensor, *_: object) -> str | None:
     if takes_gpu_way(qkv_ugcd):
         return _FOR_CPUS
-    if not compiled.INSTRUCTION_SETS:
+    if not native.INSTRUCTION_SETS:
         return "is not built: that takes a C++ compiler and pybind11"
     return None if qkv_ugcd.dtype in (torch.float32, torch.bfloat16) else "takes fp32 and bf16"
 
@@ -145,6 +145,6 @@ BACKENDS = {
     "varlen": Backend("PyTorch's varlen_attn", _why_not_varlen, by_varlen),
     "triton": Backend("Triton's kernels", _why_not_triton, by_triton),
     "flex": Backend("PyTorch's FlexAttention, compiled", _why_not_flex, _run_flex),  # only where it is asked for
-    "compiled": Backend("compiled code", _why_not_compiled, compiled_attention),
+    "compiled": Backend("the C++ helper", _why_not_native, native_attention),
     "plain": Backend("PyTorch one protein at a time", lambda *_: None, attention_by_protein),
 }

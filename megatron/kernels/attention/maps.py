@@ -15,8 +15,8 @@ from torch import Tensor
 
 from megatron.kernels.attention.backends import choose
 from megatron.kernels.attention.by_protein import Window
-from megatron.kernels.attention.compiled import CompiledPass
 from megatron.kernels.attention.fused import context_and_logsumexp
+from megatron.kernels.attention.native import NativePass
 from megatron.kernels.attention.packed import packed_attention
 from megatron.kernels.device import runs_triton
 from megatron.kernels.packed_sequence import PackedSequence, protein_lengths
@@ -38,7 +38,7 @@ def attention_with_maps(qkv_tgcd: Tensor, sequence: PackedSequence,
         return context_tnd, maps_by_triton(qkv_tgcd, logsumexp_nt, lengths, window)
     if name == "compiled":
         qkv_tgcd = qkv_tgcd.contiguous()
-        going = CompiledPass(lengths, 0, len(qkv_tgcd), window)
+        going = NativePass(lengths, 0, len(qkv_tgcd), window)
         context_tgqd, statistics_tgq2 = going.forward(qkv_tgcd[:, :, :-2], qkv_tgcd[:, :, -2:])
         return context_tgqd.flatten(1, 2), maps_by_statistics(qkv_tgcd, statistics_tgq2, lengths, window)
     return packed_attention(qkv_tgcd, sequence, None, window), maps_by_softmax(qkv_tgcd, lengths, window)
@@ -52,8 +52,7 @@ def maps_by_softmax(qkv_tgcd: Tensor, lengths: Sequence[int], window: Window) ->
 
 def maps_by_statistics(qkv_tgcd: Tensor, statistics_tgq2: Tensor, lengths: Sequence[int],
                        window: Window) -> Iterator[Tensor]:
-    """The maps, from the statistics of the compiled CPU code: the softmax's largest score, in base 2, and 1 / its sum.
-    """
+    """The maps, from the statistics of the C++ helper: the softmax's largest score, in base 2, and 1 / its sum."""
     for protein in _proteins(lengths):
         largest_nk, inverse_nk = statistics_tgq2[protein].flatten(1, 2).unbind(-1)
         scores_nkk = _scores(qkv_tgcd[protein], window).div_(math.log(2)).sub_(largest_nk.t()[:, :, None])

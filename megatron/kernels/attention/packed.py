@@ -7,9 +7,9 @@ softmax is computed in fp32. Under a window (left, right) a token attends to so 
 2020, arXiv 2004.05150).
 
 `backends` chooses what computes it. On GPUs one operator takes all proteins at once (`fused`): PyTorch's varlen_attn
-(FlashAttention) where it can, which is in half precision without dropout, else Triton's kernels. On CPUs it is compiled
-code (`compiled`), the fastest in every shape that was measured (see benchmarks/RESULTS.md). Where that is not built,
-and on GPUs from before Ampere, PyTorch computes one protein at a time (`by_protein`).
+(FlashAttention) where it can, which is in half precision without dropout, else Triton's kernels. On CPUs it is the
+C++ helper (`native`; to the user `compiled`), the fastest in every shape that was measured (see benchmarks/RESULTS.md).
+Where that is not built, and on GPUs from before Ampere, PyTorch computes one protein at a time (`by_protein`).
 """
 
 import torch

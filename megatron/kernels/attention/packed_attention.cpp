@@ -1,4 +1,4 @@
-// Attention inside each protein of a packed sequence on CPUs, forward and backward (see compiled.py).
+// Attention inside each protein of a packed sequence on CPUs, forward and backward (see native.py).
 //
 // No two units of work write to the same address, and each computes in a fixed order, so results are bitwise the same
 // for any number of threads. A way is the code for one instruction set.
@@ -223,7 +223,7 @@ void attend(const Call& call, const std::vector<Place>& places, uintptr_t statis
 
 PYBIND11_MODULE(_packed_attention, m) {
   using namespace packed_attention;
-  m.doc() = "Attention inside each protein of a packed sequence (see megatron/kernels/attention/compiled.py).";
+  m.doc() = "Attention inside each protein of a packed sequence (see megatron/kernels/attention/native.py).";
   m.def("instruction_sets", &instruction_sets, "those of this build that the processor has, the fastest first");
   m.def("attend", [](const std::string& way, int threads, bool is_bf16, const std::vector<int64_t>& lengths,
                      std::tuple<int64_t, int64_t> queries_here, std::tuple<int64_t, int64_t, int64_t> shape,

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from megatron.kernels.device import operator, takes_triton
-from megatron.kernels.pointwise.compiled import activate, activate_backward, runs_compiled, takes_compiled
+from megatron.kernels.pointwise.native import activate, activate_backward, runs_native, takes_native
 from megatron.kernels.pointwise.product import Product, whole
 
 
@@ -26,7 +26,7 @@ def activated(kind: str, wide: Product, gate: Product | None = None) -> Tensor:
 
 def adds_biases(product_tf: Tensor) -> bool:
     """Whether `activated` runs a kernel on these: it adds the biases, and sums their gradients in its backward pass."""
-    return takes_triton(product_tf) or takes_compiled(product_tf)
+    return takes_triton(product_tf) or takes_native(product_tf)
 
 
 def activated_reference(kind: str, wide_tf: Tensor, *gates: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ class _Activated(torch.autograd.Function):
                 gate_bias_f: Tensor | None) -> Tensor:
         ctx.save_for_backward(wide_tf, bias_f, gate_tf, gate_bias_f)
         ctx.kind = kind
-        if runs_compiled(wide_tf):
+        if runs_native(wide_tf):
             return activate(wide_tf, bias_f, gate_tf, gate_bias_f, kind)
         return _forward(wide_tf, bias_f, gate_tf, gate_bias_f, kind)
 
@@ -54,7 +54,7 @@ class _Activated(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_tf: Tensor) -> tuple[Tensor | None, ...]:
         wide_tf, bias_f, gate_tf, gate_bias_f = ctx.saved_tensors
-        if runs_compiled(wide_tf):
+        if runs_native(wide_tf):
             return None, *activate_backward(grad_tf, wide_tf, bias_f, gate_tf, gate_bias_f, ctx.kind)
         grad_wide_tf, grad_gate_tf, grads_kf = _backward(grad_tf, wide_tf, bias_f, gate_tf, gate_bias_f, ctx.kind)
         of_biases = iter(grads_kf.unbind())

@@ -1,7 +1,7 @@
 """x + a depthwise convolution of x over neighbouring tokens of the same protein: one pass over memory, one backward.
 
 Of k taps, an odd number, the one in the middle is the token's own: out[t] = x[t] + Σ_i w[:, i] · x[t + i - k // 2],
-without what lies in another protein; products and sums in fp32. On GPUs Triton does it, on CPUs compiled code, of up
+without what lies in another protein; products and sums in fp32. On GPUs Triton does it, on CPUs the C++ helper, of up
 to seven taps; elsewhere, and where torch.compile fuses plain functions by itself, PyTorch does. Shapes: t tokens, f
 features.
 """
@@ -14,8 +14,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from megatron.kernels.device import operator, takes_triton
-from megatron.kernels.pointwise import compiled
-from megatron.kernels.pointwise.compiled import takes_compiled
+from megatron.kernels.pointwise import native
+from megatron.kernels.pointwise.native import takes_native
 
 
 def convolved(x_tf: Tensor, positions_t: Tensor, weight_fk: Tensor,
@@ -27,7 +27,7 @@ def convolved(x_tf: Tensor, positions_t: Tensor, weight_fk: Tensor,
     its gradient, the sum of that of `x_tf` over the tokens. Triton's kernel alone does that (`takes_triton`).
     """
     assert added_bias_f is None or takes_triton(x_tf), "whoever added the bias computes its gradient"
-    if takes_triton(x_tf) or takes_compiled(x_tf) and weight_fk.shape[1] in compiled.TAPS:
+    if takes_triton(x_tf) or takes_native(x_tf) and weight_fk.shape[1] in native.TAPS:
         return _Convolved.apply(x_tf, positions_t, weight_fk, added_bias_f)
     return convolved_reference(x_tf, positions_t, weight_fk)
 
@@ -66,9 +66,9 @@ class _Convolved(torch.autograd.Function):
 
 
 def _of(tensor: Tensor) -> Any:
-    """The module with the kernels for such a tensor: the compiled helper's or Triton's."""
-    if compiled.runs_compiled(tensor):
-        return compiled
+    """The module with the kernels for such a tensor: the C++ helper's or Triton's."""
+    if native.runs_native(tensor):
+        return native
     from megatron.kernels.pointwise import convolution_triton  # it imports Triton, which may be missing
 
     return convolution_triton

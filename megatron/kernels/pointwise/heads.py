@@ -1,7 +1,7 @@
 """Queries and keys before attention: each head normalised, then rotated, in one pass over memory.
 
 The norm is over a head's width; each head has a scale [d] of its own, and no bias. The rotation ("turn" in names) is
-that of `megatron.kernels.rotary`. On GPUs Triton does both, on CPUs compiled code; elsewhere, and where torch.compile
+that of `megatron.kernels.rotary`. On GPUs Triton does both, on CPUs the C++ helper; elsewhere, and where torch.compile
 fuses plain functions by itself, PyTorch does.
 
 Shapes: t tokens, g groups of heads, each with c = q + 2 rows of width d: queries, key, value; x = g·c·d.
@@ -17,11 +17,11 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from megatron.kernels.device import operator, takes_triton
-from megatron.kernels.pointwise.compiled import (
+from megatron.kernels.pointwise.native import (
     prepare_heads,
     prepare_heads_backward,
-    runs_compiled,
-    takes_compiled,
+    runs_native,
+    takes_native,
 )
 from megatron.kernels.rotary import Rotation, rotate
 
@@ -52,7 +52,7 @@ def prepared_heads(qkv_tgcd: Tensor, scaling: HeadScaling | None, rotation: Rota
     if takes_triton(qkv_tgcd) and scaling is None and rotation is not None:
         return _Turned.apply(qkv_tgcd, added_bias_x, *turn, is_apart)
     assert added_bias_x is None, "whoever added the bias computes its gradient"
-    if scaling is not None and (takes_triton(qkv_tgcd) or takes_compiled(qkv_tgcd)):
+    if scaling is not None and (takes_triton(qkv_tgcd) or takes_native(qkv_tgcd)):
         return _Prepared.apply(qkv_tgcd, scaling.query_weight, scaling.key_weight, *turn, scaling.epsilon,
                                not scaling.is_rms, is_apart)
     if scaling is not None:
@@ -138,7 +138,7 @@ def _(qkv_tgcd: Tensor, cos: Tensor, sin: Tensor) -> None:
 @operator("prepare_heads", lambda qkv_tgcd, *_: qkv_tgcd.new_empty(qkv_tgcd.shape))
 def _prepare(qkv_tgcd: Tensor, query_weight: Tensor | None, key_weight: Tensor | None, cos: Tensor | None,
              sin: Tensor | None, epsilon: float, has_mean: bool) -> Tensor:
-    if runs_compiled(qkv_tgcd):
+    if runs_native(qkv_tgcd):
         return prepare_heads(qkv_tgcd, query_weight, key_weight, cos, sin, epsilon, has_mean, 1)
     from megatron.kernels.pointwise.heads_triton import launch_forward
 
@@ -181,7 +181,7 @@ def _prepare_backward(grads: Sequence[Tensor], qkv_tgcd: Tensor, query_weight: T
 
     `grads` as in `_turn_back`.
     """
-    if runs_compiled(qkv_tgcd):
+    if runs_native(qkv_tgcd):
         return prepare_heads_backward(grads[0], qkv_tgcd, query_weight, key_weight, cos, sin, epsilon, has_mean)
     from megatron.kernels.pointwise.heads_triton import launch_backward
 

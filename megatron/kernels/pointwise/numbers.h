@@ -1,4 +1,4 @@
-// Conversions between fp32 and bf16 for the compiled CPU code, and the attributes that make the compiler vectorise it.
+// Conversions between fp32 and bf16 for the C++ helper, and the attributes that make the compiler vectorise it.
 
 #pragma once
 

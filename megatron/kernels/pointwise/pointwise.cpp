@@ -1,4 +1,4 @@
-// What a transformer block computes between matrix products, on CPUs, each in one pass over memory (see compiled.py).
+// What a transformer block computes between matrix products, on CPUs, each in one pass over memory (see native.py).
 //
 // These are plain loops, which the compiler vectorises for each instruction set that `CLONED` names. Sums over tokens
 // are computed in pieces of fixed size and added in order, so results are bitwise the same for any number of threads.
@@ -366,7 +366,7 @@ JoinPass join_pass(const Types& is_bf16) {
 }  // namespace
 
 PYBIND11_MODULE(_pointwise, m) {
-  m.doc() = "What a block does between its matrix products (see megatron/kernels/pointwise/compiled.py).";
+  m.doc() = "What a block does between its matrix products (see megatron/kernels/pointwise/native.py).";
   const auto released = py::call_guard<py::gil_scoped_release>();
   m.def("activate", [](const std::string& kind, bool is_bf16, const Addresses& tensors,
                        std::tuple<int64_t, int64_t> shape, int threads) {

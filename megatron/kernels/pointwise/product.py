@@ -6,7 +6,7 @@ Shapes: t tokens, o features out.
 import torch
 from torch import Tensor
 
-from megatron.kernels.pointwise.compiled import sum_tokens, takes_compiled
+from megatron.kernels.pointwise.native import sum_tokens, takes_native
 
 Product = tuple[Tensor, Tensor | None]  # [t, o], and the bias [o] that is still to be added, or None
 
@@ -19,4 +19,4 @@ def whole(product: Product) -> Tensor:
 
 def sum_over_tokens(grad_to: Tensor, dtype: torch.dtype) -> Tensor:
     """A bias' gradient: the sum of the product's gradient over the tokens, [o] in `dtype`."""
-    return sum_tokens(grad_to) if takes_compiled(grad_to) and dtype == torch.float32 else grad_to.sum(0, dtype=dtype)
+    return sum_tokens(grad_to) if takes_native(grad_to) and dtype == torch.float32 else grad_to.sum(0, dtype=dtype)

@@ -1,7 +1,7 @@
 """A branch joins the residual stream, and what comes next is normalised: one pass over memory.
 
 sum = residual + dropout(branch + its bias); normed = norm(sum): LayerNorm (Ba et al., 2016, arXiv 1607.06450) or,
-without a bias, RMSNorm (Zhang and Sennrich, 2019, arXiv 1910.07467). On GPUs Triton does it, on CPUs compiled code, in
+without a bias, RMSNorm (Zhang and Sennrich, 2019, arXiv 1910.07467). On GPUs Triton does it, on CPUs the C++ helper, in
 fp32; dropout's mask is never stored, but drawn again. Elsewhere, and where torch.compile fuses plain functions by
 itself, PyTorch does. Shapes: u tokens of the residual stream on this rank, h hidden.
 """
@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 from megatron.kernels.device import operator, takes_triton
 from megatron.kernels.dropout import Dropout, dropped
-from megatron.kernels.pointwise import compiled
-from megatron.kernels.pointwise.compiled import takes_compiled
+from megatron.kernels.pointwise import native
+from megatron.kernels.pointwise.native import takes_native
 from megatron.kernels.pointwise.product import Product, whole
 
 
@@ -83,7 +83,7 @@ def _is_fused(residual_uh: Tensor, others: set[torch.dtype], dropout: Dropout | 
     """
     if takes_triton(residual_uh, if_compiled=dropout is not None):
         return True
-    return takes_compiled(residual_uh, if_compiled=dropout is not None) and others <= set(compiled.DTYPES)
+    return takes_native(residual_uh, if_compiled=dropout is not None) and others <= set(native.DTYPES)
 
 
 class _ResidualNorm(torch.autograd.Function):
@@ -145,9 +145,9 @@ def _of_a_plain_sum(grad_sum_uh: Tensor | None, branch_dtype: torch.dtype | None
 
 
 def _of(tensor: Tensor) -> Any:
-    """The module with the kernels for such a tensor: the compiled helper's or Triton's."""
-    if compiled.runs_compiled(tensor, if_compiled=True):
-        return compiled
+    """The module with the kernels for such a tensor: the C++ helper's or Triton's."""
+    if native.runs_native(tensor, if_compiled=True):
+        return native
     from megatron.kernels.pointwise import residual_norm_triton  # it imports Triton, which may be missing
 
     return residual_norm_triton

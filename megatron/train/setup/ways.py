@@ -8,7 +8,7 @@ from megatron.kernels.attention.backends import BACKENDS, choose, in_words
 from megatron.kernels.device import has_triton, takes_compilation, takes_triton
 from megatron.kernels.fp8 import recipe_of
 from megatron.kernels.fp8 import way_of as way_of_fp8
-from megatron.kernels.pointwise.compiled import TAPS, is_built, takes_compiled
+from megatron.kernels.pointwise.native import TAPS, is_built, takes_native
 from megatron.model.protein_model import compute_dtype
 from megatron.parallel.mesh import Mesh
 
@@ -74,9 +74,9 @@ def _between(tensor: torch.Tensor, taps: int | None) -> str:
     """What computes the pointwise operations between matrix products; `taps`: of `--qkv-conv-kernel`."""
     if takes_triton(tensor):
         return "Triton's kernels"
-    if takes_compiled(tensor):
+    if takes_native(tensor):
         is_left = taps is not None and taps not in TAPS
-        return f"compiled code{f', but for the convolution of {taps} PyTorch' if is_left else ''}"
+        return f"the C++ helper{f', but for the convolution of {taps} PyTorch' if is_left else ''}"
     if tensor.is_cuda:
         return f"PyTorch, in several passes (Triton {'takes no such GPU' if has_triton() else 'is not installed'})"
-    return f"PyTorch, in several passes (compiled code {'takes fp32 and bf16' if is_built() else 'is not built'})"
+    return f"PyTorch, in several passes (the C++ helper {'takes fp32 and bf16' if is_built() else 'is not built'})"

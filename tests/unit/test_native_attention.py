@@ -1,19 +1,19 @@
-"""The compiled attention on CPUs agrees with its definition, with every instruction set of this processor."""
+"""The native attention on CPUs agrees with its definition, with every instruction set of this processor."""
 
 from dataclasses import replace
 
 import pytest
 import torch
 
-from megatron.kernels.attention import compiled
+from megatron.kernels.attention import native
 from megatron.kernels.attention.backends import BACKENDS, choose
 from megatron.kernels.attention.packed import attention_reference, packed_attention
 from megatron.kernels.dropout import Dropout, Use
 from tests.packed import packed_batch
 
-pytestmark = pytest.mark.skipif(not compiled.INSTRUCTION_SETS,
+pytestmark = pytest.mark.skipif(not native.INSTRUCTION_SETS,
                                 reason="megatron.kernels.attention._packed_attention is not built")
-every_instruction_set = pytest.mark.parametrize("instructions", compiled.INSTRUCTION_SETS)
+every_instruction_set = pytest.mark.parametrize("instructions", native.INSTRUCTION_SETS)
 WINDOWS = [None, (5, 70), (200, 1)]
 
 
@@ -31,7 +31,7 @@ def outcomes(sequence, qkv, window=None, instructions=""):
     weights[size:] = 0
 
     def ours(x):
-        return compiled.compiled_attention(x, sequence, None, window, instructions)
+        return native.native_attention(x, sequence, None, window, instructions)
 
     def definition(x):
         return attention_reference(x, sequence, None, window)
@@ -96,7 +96,7 @@ def test_the_bits_depend_neither_on_the_threads_nor_on_what_else_is_packed(dtype
         sequence = packed_batch(*lengths).sequence
         torch.set_num_threads(number)
         try:
-            results.append(outcome(lambda x, sequence=sequence: compiled.compiled_attention(
+            results.append(outcome(lambda x, sequence=sequence: native.native_attention(
                 x, sequence, None, None, instructions), qkv, weights))
         finally:
             torch.set_num_threads(threads)
@@ -109,9 +109,9 @@ def test_the_operator_is_what_torch_expects_of_one_and_gives_the_same_bits():
     sequence = packed_batch(5, 2, filler=3).sequence
     qkv = torch.randn(10, 2, 4, 4, requires_grad=True)
     arguments = qkv, sequence.cu_seqlens, torch.tensor(7), sequence.num_filler, 3, 1, 0.2, 1, ""
-    torch.library.opcheck(torch.ops.megatron.compiled_attention.default, arguments)
-    context, statistics = torch.ops.megatron.compiled_attention(*arguments)
-    torch.library.opcheck(torch.ops.megatron.compiled_attention_backward.default,
+    torch.library.opcheck(torch.ops.megatron.native_attention.default, arguments)
+    context, statistics = torch.ops.megatron.native_attention(*arguments)
+    torch.library.opcheck(torch.ops.megatron.native_attention_backward.default,
                           (torch.ones_like(context), qkv.detach(), *arguments[1:3], context.detach(),
                            statistics.detach(), *arguments[3:]))
     eager = packed_attention(qkv, sequence, Dropout(0.2, torch.tensor(7), Use.PROBABILITIES, first_head=1), (3, 1))
@@ -129,7 +129,7 @@ def test_dropout_drops_the_weights_of_its_definition(queries, window, dtype, ins
     sequence = packed_batch(*lengths).sequence
     qkv = torch.randn(sum(lengths), 2, queries + 2, 16).to(dtype)
     weights = torch.randn(len(qkv), 2 * queries, 16).to(dtype)
-    ours = outcome(lambda x: compiled.compiled_attention(x, sequence, dropout, window, instructions), qkv,
+    ours = outcome(lambda x: native.native_attention(x, sequence, dropout, window, instructions), qkv,
                    weights)
     plain = outcome(lambda x: attention_reference(x, sequence, dropout, window), qkv, weights)
     exact = outcome(lambda x: attention_reference(x, sequence, dropout, window), qkv.double(), weights.double())
@@ -183,7 +183,7 @@ def test_a_seed_below_zero_draws_what_the_definition_draws():
 
 def test_an_unknown_instruction_set_is_refused():
     with pytest.raises(ValueError, match="no way 'mmx'"):
-        compiled.compiled_attention(torch.randn(4, 1, 3, 8), packed_batch(4).sequence, None, None, "mmx")
+        native.native_attention(torch.randn(4, 1, 3, 8), packed_batch(4).sequence, None, None, "mmx")
 
 
 @pytest.mark.parametrize("tensor", [torch.empty(4, 2, 3, 9, device="meta"), torch.empty(4, 2, 3, 8).half()])
@@ -194,4 +194,4 @@ def test_what_is_not_on_the_host_or_of_another_dtype_is_left_to_the_other_ways(t
 
 def test_every_start_finds_the_same_order_of_speed():
     """Which set is the fastest in bf16 is measured; another answer would change a resumed run's rounding."""
-    assert {tuple(compiled._helper.instruction_sets()) for _ in range(50)} == {compiled.INSTRUCTION_SETS}
+    assert {tuple(native._helper.instruction_sets()) for _ in range(50)} == {native.INSTRUCTION_SETS}

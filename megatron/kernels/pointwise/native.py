@@ -1,4 +1,4 @@
-"""What a block does between its matrix products on CPUs, by a compiled helper: each in one pass over memory.
+"""What a block does between its matrix products on CPUs, by a C++ helper: each in one pass over memory.
 
 PyTorch's own functions take several passes, and its GeLU some ten times as long a number (benchmarks/RESULTS.md). It
 takes fp32 and bf16, and computes in fp32. Without a C++ compiler or pybind11 it is missing, and the plain functions do
@@ -29,7 +29,7 @@ def is_built() -> bool:
     return _helper is not None
 
 
-def takes_compiled(tensor: Tensor, if_compiled: bool = False) -> bool:
+def takes_native(tensor: Tensor, if_compiled: bool = False) -> bool:
     """Whether the helper computes such tensors: it is built, and they are on a CPU, in fp32 or bf16.
 
     Under torch.compile, which fuses the plain functions by itself, only with `if_compiled`.
@@ -39,9 +39,9 @@ def takes_compiled(tensor: Tensor, if_compiled: bool = False) -> bool:
     return tensor.dtype in DTYPES
 
 
-def runs_compiled(tensor: Tensor, if_compiled: bool = False) -> bool:
+def runs_native(tensor: Tensor, if_compiled: bool = False) -> bool:
     """Whether the helper computes such tensors, and not Triton's kernels, which tests interpret on CPUs."""
-    return takes_compiled(tensor, if_compiled) and not takes_triton(tensor, if_compiled)
+    return takes_native(tensor, if_compiled) and not takes_triton(tensor, if_compiled)
 
 
 def activate(wide_tf: Tensor, bias_f: Tensor | None, gate_tf: Tensor | None, gate_bias_f: Tensor | None,

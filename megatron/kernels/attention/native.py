@@ -1,4 +1,4 @@
-"""Attention of packed proteins on CPUs by a compiled helper: scores never reach memory.
+"""Attention of packed proteins on CPUs by a C++ helper: scores never reach memory.
 
 It takes fp32 and bf16 (products of bf16 numbers where the processor has them, fp32 sums everywhere), windows, groups of
 queries, any width and dropout. For the backward pass, which makes the scores anew, it keeps the softmax's largest score
@@ -32,7 +32,7 @@ _UNBOUNDED = 2**40  # a window that ends nowhere
 _ALL = 2**16  # numbers of dropout
 
 
-def compiled_attention(qkv_tgcd: Tensor, sequence: PackedSequence, dropout: Dropout | None, window: Window,
+def native_attention(qkv_tgcd: Tensor, sequence: PackedSequence, dropout: Dropout | None, window: Window,
                        instructions: str = "") -> Tensor:
     """The context [t, n, d] of whole proteins, 0 in the filler; `instructions` names another set than the fastest."""
     left, right = window or (-1, -1)
@@ -42,7 +42,7 @@ def compiled_attention(qkv_tgcd: Tensor, sequence: PackedSequence, dropout: Drop
     return context_tgqd.flatten(1, 2)
 
 
-class CompiledPass:
+class NativePass:
     """Forward and backward pass over proteins of these lengths; the queries are those of u tokens from `start` on."""
 
     def __init__(self, lengths: Sequence[int], start: int, num_queries: int, window: Window,
@@ -97,10 +97,10 @@ class _Attention(torch.autograd.Function):
 
 
 def _pass(num_tokens: int, cu_seqlens: Tensor, seed: Tensor | None, num_filler: int, left: int, right: int,
-          rate: float, first_head: int, instructions: str) -> CompiledPass:
+          rate: float, first_head: int, instructions: str) -> NativePass:
     window = None if left < 0 else (left, right)
     dropout = None if seed is None else Dropout(rate, seed, Use.PROBABILITIES, first_head=first_head)
-    return CompiledPass(protein_lengths(cu_seqlens, num_filler), 0, num_tokens, window, dropout, instructions)
+    return NativePass(protein_lengths(cu_seqlens, num_filler), 0, num_tokens, window, dropout, instructions)
 
 
 def _forward(qkv_tgcd: Tensor, cu_seqlens: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
@@ -120,13 +120,13 @@ def _backward(grad_tgqd: Tensor, qkv_tgcd: Tensor, cu_seqlens: Tensor, seed: Ten
 
 # The same as an operator that torch.compile takes as it is; traced, each new list of lengths would compile anew. A
 # window of -1 is none.
-@torch.library.custom_op("megatron::compiled_attention", mutates_args=())
+@torch.library.custom_op("megatron::native_attention", mutates_args=())
 def _operator(qkv_tgcd: Tensor, cu_seqlens: Tensor, seed: Tensor | None, num_filler: int, left: int, right: int,
               rate: float, first_head: int, instructions: str) -> tuple[Tensor, Tensor]:
     return _forward(qkv_tgcd, cu_seqlens, seed, num_filler, left, right, rate, first_head, instructions)
 
 
-@torch.library.custom_op("megatron::compiled_attention_backward", mutates_args=())
+@torch.library.custom_op("megatron::native_attention_backward", mutates_args=())
 def _operator_backward(grad_tgqd: Tensor, qkv_tgcd: Tensor, cu_seqlens: Tensor, seed: Tensor | None,
                        context_tgqd: Tensor, statistics_tgq2: Tensor, num_filler: int, left: int, right: int,
                        rate: float, first_head: int, instructions: str) -> Tensor:
