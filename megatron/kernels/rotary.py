@@ -7,13 +7,9 @@ c = q + 2 rows (queries, key, value) of width d.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
-
-from megatron.kernels.pointwise.native import prepare_heads, takes_native
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -42,45 +38,14 @@ def frequencies_of(width: int, base: float, precision: str, device: torch.device
     return exact.to(PRECISIONS[precision]).float()
 
 
-def rotate(qkv_tgcd: Tensor, rotation: Rotation) -> Tensor:
-    """The projection [t, g, c, d] with queries and keys rotated, values as they are."""
-    if torch.compiler.is_compiling():
-        return rotate_reference(qkv_tgcd, rotation)
-    return _Rotate.apply(qkv_tgcd, rotation.cos, rotation.sin)
-
-
 def rotate_reference(qkv_tgcd: Tensor, rotation: Rotation) -> Tensor:
-    """The same by the definition, in functions that torch.compile fuses."""
+    """The projection [t, g, c, d] with queries and keys rotated, values as they are, by PyTorch's own functions.
+
+    The kernels are those of `megatron.kernels.pointwise.heads`.
+    """
     turned, value = qkv_tgcd.split([qkv_tgcd.shape[2] - 1, 1], dim=2)
-    half = rotation.cos.shape[-1]
-    first, second, rest = turned.split([half, half, turned.shape[-1] - 2 * half], dim=-1)
-    first, second = (first * rotation.cos - second * rotation.sin, second * rotation.cos + first * rotation.sin)
-    return torch.cat([torch.cat([first.to(rest.dtype), second.to(rest.dtype), rest], -1), value], 2)
-
-
-class _Rotate(torch.autograd.Function):
-    """The same in two passes over memory; the backward pass rotates the gradient by the opposite angles."""
-
-    @staticmethod
-    def forward(ctx: Any, qkv_tgcd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return _turned(qkv_tgcd, cos, sin, 1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_tgcd: Tensor) -> tuple[Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        return _turned(grad_tgcd, cos, sin, -1), None, None
-
-
-def _turned(qkv_tgcd: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
-    if takes_native(qkv_tgcd):
-        return prepare_heads(qkv_tgcd, None, None, cos, sin, 0.0, False, sign)
-    wide, half = qkv_tgcd.float(), cos.shape[-1]
-    out = torch.empty_like(wide, memory_format=torch.contiguous_format)
-    out[:, :, -1] = wide[:, :, -1]
-    out[:, :, :-1, 2 * half:] = wide[:, :, :-1, 2 * half:]
-    first, second = wide[:, :, :-1, :half], wide[:, :, :-1, half:2 * half]
-    torch.mul(first, cos, out=out[:, :, :-1, :half]).addcmul_(second, sin, value=-sign)
-    torch.mul(second, cos, out=out[:, :, :-1, half:2 * half]).addcmul_(first, sin, value=sign)
-    return out.to(qkv_tgcd.dtype)
+    cos, sin, half = rotation.cos, rotation.sin, rotation.cos.shape[-1]
+    wide = turned.to(torch.promote_types(turned.dtype, cos.dtype))  # so that gradients too are rounded once
+    first, second, rest = wide.split([half, half, wide.shape[-1] - 2 * half], dim=-1)
+    turned = torch.cat([first * cos - second * sin, second * cos + first * sin, rest], -1).to(turned.dtype)
+    return torch.cat([turned, value], 2)

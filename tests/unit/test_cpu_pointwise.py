@@ -6,7 +6,7 @@ import torch
 from megatron.kernels.pointwise import native
 from megatron.kernels.pointwise.activation import activated, activated_reference
 from megatron.kernels.pointwise.heads import HeadScaling, normed_queries_and_keys, prepared_heads
-from megatron.kernels.rotary import Rotation, rotate, rotate_reference, rotation_of
+from megatron.kernels.rotary import Rotation, rotate_reference, rotation_of
 
 pytestmark = pytest.mark.skipif(not native.is_built(), reason="megatron.kernels.pointwise._pointwise is not built")
 KINDS = ["gelu_tanh", "gelu", "squared_relu", "swiglu"]
@@ -72,13 +72,20 @@ def test_heads_are_turned_as_by_definition_and_back(width, turned, dtype):
     torch.manual_seed(width)
     qkv = torch.randn(300, 3, 4, width).to(dtype).requires_grad_()
     rotation, weights = rotation_of(torch.arange(300) % 100, turned, 10000.0), torch.randn(300, 3, 4, width).to(dtype)
-    mine, exact = rotate(qkv, rotation), rotate_reference(qkv.detach().float().requires_grad_(), rotation)
+    [mine], exact = prepared_heads(qkv, None, rotation), rotate_reference(qkv.detach().float(), rotation)
     assert mine.dtype == dtype
     torch.testing.assert_close(mine.float(), exact, atol=1e-6 if dtype == torch.float32 else 0, rtol=4e-3)
     wide = qkv.detach().float().requires_grad_()
     expected, = torch.autograd.grad(rotate_reference(wide, rotation), wide, weights.float())
     gradient, = torch.autograd.grad(mine, qkv, weights)
     torch.testing.assert_close(gradient.float(), expected, atol=1e-6 if dtype == torch.float32 else 0, rtol=4e-3)
+
+
+def test_a_rotation_without_a_norm_keeps_its_cosines_and_sines_alone_for_the_backward_pass():
+    kept, rotation = [], rotation_of(torch.arange(30), 8, 10000.0)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.shape), lambda _: None):
+        prepared_heads(torch.randn(30, 3, 4, 8, requires_grad=True), None, rotation)
+    assert kept == [rotation.cos.shape, rotation.sin.shape]
 
 
 # Tokens, groups, rows of a group, width, columns turned: widths that have code of their own, and others.

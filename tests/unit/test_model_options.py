@@ -11,8 +11,8 @@ from megatron.config import ModelConfig, OptimizerConfig, PrecisionConfig
 from megatron.config.command_line import parse
 from megatron.errors import ConfigError
 from megatron.kernels.attention import native
-from megatron.kernels.pointwise.heads import normed_heads
-from megatron.kernels.rotary import rotate, rotate_reference, rotation_of
+from megatron.kernels.pointwise.heads import normed_heads, prepared_heads
+from megatron.kernels.rotary import rotate_reference, rotation_of
 from megatron.model.attention import Attention, ShortConvolution, ValueEmbedding
 from megatron.model.embedding import token_dropout_scales
 from megatron.model.flops import model_flops
@@ -181,7 +181,7 @@ def test_rotation_is_its_definition_and_scores_depend_on_distance_alone(width):
     positions = torch.arange(6)
     qkv = torch.randn(1, 2, 4, 8, dtype=torch.float32).expand(6, -1, -1, -1).contiguous().requires_grad_()
     rotation = rotation_of(positions, width, 100.0)
-    turned, reference = rotate(qkv, rotation), rotate_reference(qkv, rotation)
+    [turned], reference = prepared_heads(qkv, None, rotation), rotate_reference(qkv, rotation)
     torch.testing.assert_close(turned, reference)
     weights = torch.randn_like(turned)
     torch.testing.assert_close(*(torch.autograd.grad(each, qkv, weights)[0] for each in (turned, reference)))
@@ -198,13 +198,25 @@ def test_rotation_is_its_definition_and_scores_depend_on_distance_alone(width):
         torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), atol=1e-5, rtol=1e-5)
 
 
+def test_rotation_by_pytorch_is_in_fp32_and_rounded_once_forward_and_backward():
+    torch.manual_seed(0)
+    rotation = rotation_of(torch.arange(50), 16, 100.0)
+    qkv, outer = torch.randn(2, 50, 2, 4, 32).half()  # no kernel on CPUs takes fp16
+    qkv.requires_grad_()
+    wide = qkv.detach().float().requires_grad_()
+    [turned], exact = prepared_heads(qkv, None, rotation), rotate_reference(wide, rotation)
+    assert torch.equal(turned, exact.half())
+    gradient, = torch.autograd.grad(turned, qkv, outer)
+    assert torch.equal(gradient, torch.autograd.grad(exact, wide, outer.float())[0].half())
+
+
 def test_angles_are_fp32_where_activations_are_bf16():
     """At position 1,000 a bf16 angle would be off by 4 radians."""
     qkv = torch.ones(1, 1, 3, 64, dtype=torch.bfloat16)
     rotation = rotation_of(torch.tensor([1000]), 64, 10000.0)
     assert rotation.cos.dtype == torch.float32
     exact = rotate_reference(qkv.double(), rotation)
-    assert (rotate(qkv, rotation) - exact).abs().max() < 0.01
+    assert (prepared_heads(qkv, None, rotation)[0] - exact).abs().max() < 0.01
 
 
 def test_token_dropout_scales_each_protein_by_what_of_it_is_masked():

@@ -23,7 +23,7 @@ from megatron.kernels.pointwise.native import (
     runs_native,
     takes_native,
 )
-from megatron.kernels.rotary import Rotation, rotate
+from megatron.kernels.rotary import Rotation, rotate_reference
 
 Heads = tuple[Tensor, ...]  # the whole projection [t, g, c, d], or queries, keys and values [t, g, d] each, one a group
 
@@ -52,12 +52,14 @@ def prepared_heads(qkv_tgcd: Tensor, scaling: HeadScaling | None, rotation: Rota
     if takes_triton(qkv_tgcd) and scaling is None and rotation is not None:
         return _Turned.apply(qkv_tgcd, added_bias_x, *turn, is_apart)
     assert added_bias_x is None, "whoever added the bias computes its gradient"
-    if scaling is not None and (takes_triton(qkv_tgcd) or takes_native(qkv_tgcd)):
-        return _Prepared.apply(qkv_tgcd, scaling.query_weight, scaling.key_weight, *turn, scaling.epsilon,
-                               not scaling.is_rms, is_apart)
     if scaling is not None:
+        if takes_triton(qkv_tgcd) or takes_native(qkv_tgcd):
+            return _Prepared.apply(qkv_tgcd, scaling.query_weight, scaling.key_weight, *turn, scaling.epsilon,
+                                   not scaling.is_rms, is_apart)
         qkv_tgcd = normed_queries_and_keys(qkv_tgcd, scaling)
-    return (qkv_tgcd if rotation is None else rotate(qkv_tgcd, rotation),)
+    elif rotation is not None and takes_native(qkv_tgcd):
+        return _Prepared.apply(qkv_tgcd, None, None, *turn, 0.0, False, is_apart)
+    return (qkv_tgcd if rotation is None else rotate_reference(qkv_tgcd, rotation),)
 
 
 def normed_queries_and_keys(qkv_tgcd: Tensor, scaling: HeadScaling) -> Tensor:
@@ -103,12 +105,15 @@ class _Turned(torch.autograd.Function):
 
 
 class _Prepared(torch.autograd.Function):
-    """Normalises and rotates queries and keys; keeps its input, and normalises it again in the backward pass."""
+    """Normalises and rotates queries and keys; keeps its input, and normalises it again in the backward pass.
+
+    Without scales it only rotates, by the C++ helper, and keeps the rotation alone.
+    """
 
     @staticmethod
-    def forward(ctx: Any, qkv_tgcd: Tensor, query_weight: Tensor, key_weight: Tensor, cos: Tensor | None,
-                sin: Tensor | None, epsilon: float, has_mean: bool, is_apart: bool) -> Heads:
-        ctx.save_for_backward(qkv_tgcd, query_weight, key_weight, cos, sin)
+    def forward(ctx: Any, qkv_tgcd: Tensor, query_weight: Tensor | None, key_weight: Tensor | None,
+                cos: Tensor | None, sin: Tensor | None, epsilon: float, has_mean: bool, is_apart: bool) -> Heads:
+        ctx.save_for_backward(None if query_weight is None else qkv_tgcd, query_weight, key_weight, cos, sin)
         ctx.numbers = epsilon, has_mean
         out_tgcd = _prepare(qkv_tgcd, query_weight, key_weight, cos, sin, epsilon, has_mean)
         return out_tgcd.unbind(2) if is_apart else (out_tgcd,)
@@ -116,8 +121,10 @@ class _Prepared(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        qkv_tgcd, query_weight, key_weight, *turn = ctx.saved_tensors
-        grad_qkv_tgcd, grads_x = _prepare_backward(grads, qkv_tgcd, query_weight, key_weight, *turn, *ctx.numbers)
+        qkv_tgcd, query_weight, key_weight, cos, sin = ctx.saved_tensors
+        if query_weight is None:
+            return prepare_heads(grads[0], None, None, cos, sin, 0.0, False, -1), *[None] * 7
+        grad_qkv_tgcd, grads_x = _prepare_backward(grads, qkv_tgcd, query_weight, key_weight, cos, sin, *ctx.numbers)
         of_queries, of_keys = grads_x.to(query_weight.dtype).split([len(query_weight), len(key_weight)])
         return grad_qkv_tgcd, of_queries, of_keys, None, None, None, None, None
 
