@@ -115,15 +115,15 @@ build_helpers() {
     elif ! "$python" -c 'import pybind11, setuptools' 2>/dev/null; then
         why="no pybind11"
     else
-        echo "setup: building the compiled helpers (a minute)"
+        echo "setup: building the C++ helpers (a minute)"
         (cd "$root" && "$python" setup.py --quiet build_ext --inplace) >"$root/.setup.log" 2>&1 || true
         if are_built "$suffix"; then
-            echo "setup: built the compiled helpers"
+            echo "setup: built the C++ helpers"
             return
         fi
         why="see .setup.log"
     fi
-    echo "setup: no compiled helpers ($why); their Python twins do the same work, more slowly"
+    echo "setup: no C++ helpers ($why); their Python twins do the same work, more slowly"
 }
 
 # are_built SUFFIX: whether each helper exists and is newer than its sources.

@@ -1,6 +1,6 @@
 """Examines this machine: `python tools/doctor.py`, or under torchrun all hosts of a job and the links between them.
 
-Checks what is installed (and what each missing package is for), the compiled helpers, GPUs, limits and environment.
+Checks what is installed (and what each missing package is for), the C++ helpers, GPUs, limits and environment.
 Measures disk, memory and matrix products, and names the preset that fits. Each finding is ok, a note (it costs speed,
 or only some users need it) or wrong, with the command that fixes it. Takes less than 30 seconds. The exit status is 0
 if nothing is wrong, 1 if something necessary is, 2 for a mistake in the flags. Needs no package.

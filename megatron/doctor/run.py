@@ -9,7 +9,7 @@ from pathlib import Path
 from megatron.doctor.disk import disk
 from megatron.doctor.finding import NOTE, WRONG, Finding, found, lines
 from megatron.doctor.machine import environment, limits, memory, processor
-from megatron.doctor.software import compiled_helpers, compiler, python_and_packages, torch_loads
+from megatron.doctor.software import compiler, cpp_helpers, python_and_packages, torch_loads
 from megatron.errors import LaunchError, OutputError
 from megatron.files import write_json
 from megatron.parallel.launch.environment import launched
@@ -69,7 +69,7 @@ def _here(save: Path, data_path: tuple[str, ...]) -> Report:
     """The report on this host, where the packages are installed."""
     from megatron.doctor.computing import gpus, presets, speed
     from megatron.doctor.data import data
-    report = {"Compiled helpers": found(compiled_helpers()), **_without_packages(save), "GPUs": found(gpus()),
+    report = {"C++ helpers": found(cpp_helpers()), **_without_packages(save), "GPUs": found(gpus()),
               "Data": found(data(data_path)), "Speed": found(speed()), "What fits": found(presets())}
     return {title: findings for title, findings in report.items() if findings}
 

@@ -1,4 +1,4 @@
-"""Checks Python, packages, compiled helpers and the compiler.
+"""Checks Python, packages, C++ helpers and the compiler.
 
 Which packages are needed, and for what, is read from setup.py or, if the project is installed, from its metadata.
 """
@@ -119,8 +119,8 @@ def torch_loads() -> Iterator[Finding]:
                           f"pip install --force-reinstall {name}")
 
 
-def compiled_helpers() -> Iterator[Finding]:
-    """Reports whether each compiled helper is built, up to date and loadable; without it, Python code replaces it."""
+def cpp_helpers() -> Iterator[Finding]:
+    """Reports whether each C++ helper is built, up to date and loadable; without it, Python code replaces it."""
     for module in HELPERS:
         folder, name = ROOT.joinpath(*module.split(".")[:-1]), module.split(".")[-1]
         built = next((path for suffix in EXTENSION_SUFFIXES if (path := folder / f"{name}{suffix}").is_file()), None)
@@ -144,7 +144,7 @@ def compiler() -> Iterator[Finding]:
     """Reports the C++ compiler, which builds the helpers, and which torch.compile and Triton call at run time."""
     name = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), "")
     if not name or not shutil.which(name):
-        yield Finding(NOTE, f"no C++ compiler{f' {name}' if name else ''}: no compiled helpers, no --compile",
+        yield Finding(NOTE, f"no C++ compiler{f' {name}' if name else ''}: no C++ helpers, no --compile",
                       "apt install g++")
         return
     said = subprocess.run([name, "--version"], capture_output=True, text=True, check=False, timeout=20).stdout

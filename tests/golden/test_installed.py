@@ -1,6 +1,6 @@
 """The project installed from a wheel: its commands work without a checkout.
 
-The compiled helpers, which take a minute to build, are left out.
+The C++ helpers, which take a minute to build, are left out.
 """
 
 import os

@@ -93,7 +93,7 @@ def test_helpers_that_are_missing_stale_or_broken_are_told(tmp_path, monkeypatch
     built.write_bytes(b"no library")
     (tmp_path / "kernels" / "broken.cpp").write_text("")
     os.utime(built, (1, 1))
-    missing, stale, broken = software.compiled_helpers()
+    missing, stale, broken = software.cpp_helpers()
     assert (missing.level, stale.level, broken.level) == (NOTE, NOTE, WRONG)
     assert "_none is not built" in missing.text and "older than broken.cpp" in stale.text
     assert broken.command == f"rm kernels/{built.name} && {software.BUILD}"

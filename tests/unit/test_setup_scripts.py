@@ -171,7 +171,7 @@ def test_without_a_compiler_the_setup_goes_on_and_says_so(checkout: Checkout) ->
     (checkout.root / "megatron" / "data" / "rows" / "packing.cpp").touch()
     status, stdout, _ = checkout.set_up(PYTHON=sys.executable, CXX="no-such-compiler")
     assert status == 0
-    assert "no compiled helpers (no C++ compiler); their Python twins do the same work" in stdout
+    assert "no C++ helpers (no C++ compiler); their Python twins do the same work" in stdout
 
 
 def requirement_names(file: str) -> set[str]:
