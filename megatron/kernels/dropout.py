@@ -1,10 +1,11 @@
 """Which numbers dropout keeps: by a generator that counts, so that nothing is stored and every layout drops the same.
 
 Philox-4x32 with seven rounds, the fewest that pass every test of Salmon et al. (2011, "Parallel random numbers: as easy
-as 1, 2, 3", doi 10.1145/2063384.2063405). The block's seed is the key. Of the counter (row, column // 8, head, use) the
-four words hold eight numbers of 16 bits, the lower half of a word first: number `column % 8` is that of (row, column).
-A row is a token, by its place in the whole micro-batch; a column is a feature, or of attention's weights a key's place.
-Fused kernels draw the same, here it is written with plain PyTorch. Shapes: u rows, x columns, n heads.
+as 1, 2, 3", doi 10.1145/2063384.2063405). The key is the seed of the transformer block, the counter (row, column // 8,
+head, use). The four words that come out hold eight numbers of 16 bits, the lower half of a word first: number
+`column % 8` is that of (row, column). A row is a token, by its place in the whole micro-batch; a column is a feature,
+or of attention's weights a key's place. Kernels draw the same numbers; here they are drawn with plain PyTorch. Shapes:
+u rows, x columns, n heads.
 """
 
 from dataclasses import dataclass, replace

@@ -141,6 +141,7 @@ def _run_flex(qkv_tgcd: Tensor, sequence: PackedSequence, dropout: Dropout | Non
     return by_flex(qkv_tgcd, sequence, window)
 
 
+# By the values of `--attention-backend`, as which the C++ helper is `compiled`.
 BACKENDS = {
     "varlen": Backend("PyTorch's varlen_attn", _why_not_varlen, by_varlen),
     "triton": Backend("Triton's kernels", _why_not_triton, by_triton),

@@ -1,10 +1,10 @@
 """The matrix with orthogonal rows that is nearest to a given one, approximately, by Newton-Schulz iteration.
 
 Of X = U S Vᵀ each step makes a X + b (X Xᵀ) X + c (X Xᵀ)² X, which changes S alone. The coefficients are those of Polar
-Express (Amsel et al., 2025, arXiv 2505.16932), other ones in each step: of all singular values above a 300th of the
-matrix's length three make some between 0.19 and 1.87, four 0.44 and 1.56, five 0.87 and 1.12. The gradients of small
-models have many that are shorter: of these three steps make about as much as five of Jordan's (Muon, 2024), which has
-the same coefficients in each. Shapes: k matrices, m rows, n columns, m at most n.
+Express (Amsel et al., 2025, arXiv 2505.16932), other ones in each step. Singular values that begin above 1/300 of the
+matrix's norm lie between 0.19 and 1.87 after three steps, 0.44 and 1.56 after four, 0.87 and 1.12 after five. The
+gradients of small models have many smaller ones, which three of these steps raise about as far as five of Jordan's
+(Muon, 2024), whose coefficients are the same in each step. Shapes: k matrices, m rows, n columns, m at most n.
 """
 
 import torch
@@ -18,8 +18,8 @@ _PUBLISHED = ((8.28721201814563, -23.595886519098837, 17.300387312530933),
               (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
               (3.3184196573706015, -2.488488024314874, 0.51004894012372),
               (2.300652019954817, -1.6689039845747493, 0.4188073119525673))
-# As the paper has it, each step sees X a hundredth smaller: rounded to bf16, its norm may be a little above 1, where
-# the polynomials soon grow.
+# As in the paper, each step divides X by this first: rounded to bf16, its norm may be a little above 1, where the
+# polynomials soon grow.
 _MARGIN = 1.01
 COEFFICIENTS = tuple((a / _MARGIN, b / _MARGIN**3, c / _MARGIN**5) for a, b, c in _PUBLISHED)
 _TINY = 1e-30

@@ -1,9 +1,10 @@
 """What a block does between its matrix products on CPUs, by a C++ helper: each in one pass over memory.
 
-PyTorch's own functions take several passes, and its GeLU some ten times as long a number (benchmarks/RESULTS.md). It
-takes fp32 and bf16, and computes in fp32. Without a C++ compiler or pybind11 it is missing, and the plain functions do
-the same work. Shapes: t tokens, f features, k taps, g groups of c = q + 2 rows of width d, r columns of a row that are
-turned.
+PyTorch's own functions take several passes, and its GeLU some ten times as long per element (benchmarks/RESULTS.md).
+The helper takes fp32 and bf16, and computes in fp32. Where it is not built, for lack of a C++ compiler or pybind11, the
+plain functions do the same work. Its convolution and its `join` are called as those of `convolution_triton` and
+`residual_norm_triton`. Shapes: t tokens, f features, k taps, g groups of c = q + 2 rows of width d, r columns of a row
+that are turned; u tokens of the residual stream, h hidden.
 """
 
 from collections.abc import Sequence
@@ -46,7 +47,7 @@ def runs_native(tensor: Tensor, if_compiled: bool = False) -> bool:
 
 def activate(wide_tf: Tensor, bias_f: Tensor | None, gate_tf: Tensor | None, gate_bias_f: Tensor | None,
              kind: str) -> Tensor:
-    """[t, f]: `megatron.kernels.pointwise.activation` of what it names."""
+    """The activation `kind` [t, f] of `wide_tf` with its bias; "swiglu" also takes a gate and its bias."""
     inputs = _contiguous(wide_tf, gate_tf, bias_f, gate_bias_f)
     out_tf = torch.empty_like(wide_tf, memory_format=torch.contiguous_format)
     _activate(kind, wide_tf, [*inputs, out_tf])
@@ -55,7 +56,7 @@ def activate(wide_tf: Tensor, bias_f: Tensor | None, gate_tf: Tensor | None, gat
 
 def activate_backward(grad_tf: Tensor, wide_tf: Tensor, bias_f: Tensor | None, gate_tf: Tensor | None,
                       gate_bias_f: Tensor | None, kind: str) -> tuple[Tensor | None, ...]:
-    """The gradients of the four tensors, of the biases in fp32; None where there is none."""
+    """The gradients of the product, its bias, the gate and its bias, those of biases in fp32; None of what is None."""
     inputs = _contiguous(wide_tf, gate_tf, bias_f, gate_bias_f)
     made = [None if tensor is None else torch.empty_like(tensor) for tensor in inputs]
     _activate(kind, wide_tf, [*inputs, grad_tf.contiguous(), *made])
@@ -85,14 +86,14 @@ def prepare_heads_backward(grad_tgcd: Tensor, qkv_tgcd: Tensor, query_weight: Te
 
 
 def sum_tokens(x_tf: Tensor) -> Tensor:
-    """[f], fp32."""
+    """The sum over the tokens of each feature, fp32 [f]."""
     x_tf, sums_f = x_tf.contiguous(), x_tf.new_empty(x_tf.shape[1], dtype=torch.float32)
     _helper.add_columns(_is_bf16(x_tf), x_tf.data_ptr(), sums_f.data_ptr(), tuple(x_tf.shape), torch.get_num_threads())
     return sums_f
 
 
 def convolve(x_tf: Tensor, positions_t: Tensor, weight_fk: Tensor) -> Tensor:
-    """[t, f]: `megatron.kernels.pointwise.convolution` of what it names."""
+    """x plus its depthwise convolution within each protein, [t, f]; `positions_t`: each token's in its protein."""
     assert len(x_tf) == len(positions_t), "the helper reads each token's position"
     inputs, out_tf = [x_tf.contiguous(), positions_t.contiguous(), _taps(weight_fk)], x_tf.new_empty(x_tf.shape)
     _helper.convolve(_is_bf16(x_tf), _addresses(*inputs, out_tf), tuple(x_tf.shape), weight_fk.shape[1],
@@ -102,7 +103,7 @@ def convolve(x_tf: Tensor, positions_t: Tensor, weight_fk: Tensor) -> Tensor:
 
 def convolve_backward(grad_tf: Tensor, x_tf: Tensor, positions_t: Tensor, weight_fk: Tensor,
                       has_bias: bool) -> tuple[Tensor, Tensor]:
-    """The gradients of what is convolved, and of the weight [f·k] in fp32; of a bias none: `has_bias` is False."""
+    """The gradients of `x_tf`, and of the weight [f·k] in fp32; of a bias none: `has_bias` is False."""
     assert not has_bias, "the product gives the gradient of its bias"
     inputs, x_tf = [grad_tf.contiguous(), positions_t.contiguous(), _taps(weight_fk)], x_tf.contiguous()
     grad_x_tf, grad_kf = torch.empty_like(x_tf), torch.empty_like(inputs[2])
@@ -118,7 +119,7 @@ def _taps(weight_fk: Tensor) -> Tensor:
 def join(residual_uh: Tensor, branch_uh: Tensor | None, shift_h: Tensor | None, seed: Tensor | None,
          drawn: Sequence[int], weight_h: Tensor | None, bias_h: Tensor | None, epsilon: float, sum_uh: Tensor,
          normed_uh: Tensor, statistics_u2: Tensor) -> None:
-    """Fill the last three; of a norm alone, without a branch, not `sum_uh`."""
+    """Fill `sum_uh` (unless there is no branch), and `normed_uh` and `statistics_u2` (unless there is no weight)."""
     vectors = [_single(tensor) for tensor in (shift_h, weight_h, bias_h)]
     _helper.join(_are_bf16(residual_uh, branch_uh, normed_uh),
                  _addresses(residual_uh, branch_uh, *vectors, sum_uh, normed_uh, statistics_u2),
@@ -129,7 +130,10 @@ def join_backward(grad_sum_uh: Tensor | None, grad_normed_uh: Tensor | None, x_u
                   statistics_u2: Tensor | None, weight_h: Tensor | None, seed: Tensor | None, drawn: Sequence[int],
                   has_mean: bool, has_shift: bool, grad_residual_uh: Tensor | None,
                   grad_branch_uh: Tensor | None) -> Tensor:
-    """Fill the last two where they are there; the gradients [k, h] of those that there are of weight, bias, shift."""
+    """Fill `grad_residual_uh` and `grad_branch_uh`, unless None; return the parameters' gradients, [k, h] in fp32.
+
+    The rows of the result are the gradients of weight, bias and shift, in this order, without those that are absent.
+    """
     sums_kh = x_uh.new_empty((weight_h is not None) + has_mean + has_shift, x_uh.shape[1], dtype=torch.float32)
     weight_h = _single(weight_h)
     _helper.join_backward(_are_bf16(x_uh, grad_branch_uh, grad_normed_uh),
