@@ -22,6 +22,7 @@ from megatron.config.command_line import OneLineParser  # noqa: E402
 from megatron.errors import ConfigError  # noqa: E402
 from megatron.log import Log, exit_status  # noqa: E402
 from megatron.study.curves import unlike  # noqa: E402
+from megatron.study.one_precision import with_one_precision  # noqa: E402
 from megatron.study.outcome import as_table, edges, outcomes  # noqa: E402
 from megatron.study.record import SweepRecord, held  # noqa: E402
 from megatron.study.running import LOG, Sweep  # noqa: E402
@@ -74,6 +75,7 @@ def sweep(given: argparse.Namespace, base: tuple[str, ...]) -> int:
     with held(given.output, log.line) as lock:
         record = SweepRecord(given.output, space, given.metric)
         space.check_files(setting for setting in space.settings() if record.is_left(setting))
+        space = with_one_precision(space, record, log.line)
         planned = plan(given.sampler, space, record, given.trials)
         running = Sweep(space, record, given.metric, early_stop=given.early_stop, lock=lock.fileno(), tell=log.line,
                         environments=environments(given.jobs))

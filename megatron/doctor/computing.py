@@ -20,7 +20,7 @@ from megatron.plan.gpus import MATRIX_SHARE
 from megatron.plan.memory import peak_memory
 from megatron.plan.rank import Rank
 from megatron.train.setup.peak import measured_peak_flops
-from megatron.train.setup.precision import LEAST_GAIN
+from megatron.train.setup.precision import precision_here
 
 _GIB = 2**30
 _COPIED_BYTES, _NUM_COPIES = 1 << 27, 5
@@ -80,10 +80,10 @@ def speed() -> Iterator[Finding]:
     """Reports the memory bandwidth, the speed of matrix products in fp32 and bf16, and what --precision auto takes."""
     where = device()
     yield Finding(OK, f"memory of {where.type}: {copied_gb_per_s(where):.0f} GB/s read and written, copying")
-    fp32, bf16 = (peak(dtype) for dtype in (torch.float32, torch.bfloat16))
-    chosen = "bf16" if bf16 >= LEAST_GAIN * fp32 else "fp32"
-    yield Finding(OK, f"matrix products on {_threads()}: {_flops(fp32)} in fp32, {_flops(bf16)} "
-                  f"in bf16, {bf16 / fp32:.2f} times as fast: --precision auto takes {chosen}")
+    fp32, bf16 = (_flops(peak(dtype)) for dtype in (torch.float32, torch.bfloat16))
+    chosen, why = precision_here(parse(["--preset", "demo"])[0])
+    yield Finding(OK, f"matrix products on {_threads()}: {fp32} in fp32, {bf16} in bf16; --precision auto takes "
+                  f"{chosen}: {why}")
 
 
 def copied_gb_per_s(where: torch.device) -> float:

@@ -1,6 +1,7 @@
 """The record of a sweep in its folder: the result of each trial, so that a sweep that was killed can continue.
 
-FOLDER/sweep.json     the sweep's identity: the flags of all trials, and which flags are varied
+FOLDER/sweep.json     the sweep's identity: the flags of all trials, and which flags are varied; and the precision that
+                      --precision auto means for all
 FOLDER/sweep.jsonl    one line for each trial that was begun
 FOLDER/sweep.csv      the same as a table
 FOLDER/lr=1e-3_seed=1 one trial: the folder of its run, with its output in run.log
@@ -96,6 +97,17 @@ class SweepRecord:
     def measured_on(self) -> set[str | None]:
         """The digests of the data that the trials' last evaluations were measured on."""
         return {last.get(MEASURED_ON) for trial in self._results if (last := self._last(trial)) is not None}
+
+    @property
+    def precision(self) -> str | None:
+        """What --precision auto means for all trials; None if it is not settled."""
+        found: str | None = json.loads((self.folder / IDENTITY).read_text(encoding="utf-8")).get("precision")
+        return found
+
+    def settle_precision(self, chosen: str) -> None:
+        """Write what --precision auto means for all trials."""
+        identity = json.loads((self.folder / IDENTITY).read_text(encoding="utf-8"))
+        write_json(self.folder / IDENTITY, {**identity, "precision": chosen})
 
     def _last(self, trial: str) -> dict[str, Any] | None:
         """The record of a trial's last evaluation; None if there is none yet."""

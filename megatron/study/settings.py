@@ -39,6 +39,7 @@ class Space:
     values: tuple[tuple[str, ...], ...]  # the values of each
     seeds: tuple[str | None, ...]
     base: tuple[str, ...]  # the command line that all trials share
+    precision: str | None = None  # what --precision auto means for all trials, fp32 or bf16, once it is settled
 
     def settings(self) -> list[Setting]:
         """All settings; the value of the last flag changes fastest."""
@@ -60,7 +61,15 @@ class Space:
     def words(self, trial: Trial) -> list[str]:
         """The command line of a trial without its folder, and with the file of --config replaced by flags."""
         seed = ["--seed", trial.seed] if trial.seed else []
-        return as_flags(["--keep-checkpoints", "1", *self.base, *self.varied_words(trial.setting), *seed])
+        words = as_flags(["--keep-checkpoints", "1", *self.base, *self.varied_words(trial.setting), *seed])
+        if self.precision is None or _parsed(words).precision.precision != "auto":
+            return words
+        return [*_without("--precision", words), "--bf16" if self.precision == "bf16" else "--no-bf16"]
+
+    def with_precision_auto(self) -> Config | None:
+        """The configuration of the first trial with --precision auto, whose precision is not settled; None if none."""
+        configs = (_parsed(self.words(Trial(setting, self.seeds[0]))) for setting in self.settings())
+        return next((config for config in configs if config.precision.precision == "auto"), None)
 
     def last_iteration(self, trial: Trial) -> int:
         """The step at which a trial ends."""
@@ -177,6 +186,12 @@ def _words(name: str, value: str) -> list[str]:
         is_on = _SWITCH[value.lower()]
         return [f"--{name}"] if is_on else [] if name.startswith("no-") else [f"--no-{name}"]
     return [f"--{name}", *(value.split() if item.metadata["nargs"] else [value])]
+
+
+def _without(name: str, words: Sequence[str]) -> list[str]:
+    """The words of a command line without the flag `name` and its one value."""
+    return [word for before, word in zip(["", *words], words, strict=False)
+            if name not in (before, word.split("=")[0])]
 
 
 def is_number(text: str) -> bool:

@@ -1,6 +1,7 @@
 """Measurements of training and evaluation, and that nothing is reported where there was nothing to measure."""
 
 import gc
+import itertools
 import json
 import re
 import weakref
@@ -24,7 +25,7 @@ from megatron.train.observation.events import Events, TrainingFacts
 from megatron.train.observation.memory import count_from_here, peak_memory_gib
 from megatron.train.observation.pace import Pace
 from megatron.train.observation.picture import draw_losses
-from megatron.train.setup.peak import measured_peak_flops
+from megatron.train.setup.peak import gain_of_bf16, measured_peak_flops
 from megatron.train.state import BatchSizes, TrainState
 from megatron.train.step.engine import build_engine
 from megatron.train.step.evaluate import Evaluation, evaluate
@@ -251,3 +252,10 @@ def test_the_peak_is_the_best_of_many_runs_within_the_time_given(monkeypatch):
     model = ModelConfig(hidden_size=8, ffn_hidden_size=32)
     # The fourth run is the first product's second.
     assert measured_peak_flops(torch.float32, CPU, 16, model) == pytest.approx(2 * 16 * 8 * 32 / 1e-9)
+
+
+def test_the_gain_of_bf16_is_of_the_shortest_samples_however_long_others_take(monkeypatch):
+    elapsed_s = {torch.float32: itertools.cycle([2e-3, 9.0]), torch.bfloat16: itertools.cycle([8.0, 1e-3])}
+    monkeypatch.setattr("megatron.train.setup.peak._elapsed_s", lambda left, right: next(elapsed_s[left.dtype]))
+    monkeypatch.setattr("megatron.train.setup.peak.MEASURING_S", 0.05)
+    assert gain_of_bf16(CPU, 16, ModelConfig(hidden_size=8, ffn_hidden_size=32)) == pytest.approx(2.0)

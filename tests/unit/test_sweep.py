@@ -14,13 +14,14 @@ import signal
 import sys
 import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from megatron.data.corpus.vocab import DEFAULT_VOCAB
-from megatron.study import running
+from megatron.study import one_precision, running
 from megatron.study.outcome import as_table, edges, outcomes
 from megatron.study.record import FINISHED, STOPPED, SweepRecord, TrialResult, held
 from megatron.study.running import Sweep, falls_behind
@@ -129,6 +130,21 @@ def test_what_is_done_is_not_run_again_and_a_longer_list_adds_to_it(sweep):
     _, wider, _ = sweep("--vary", "lr", "1e-4", "1e-3", "1e-2")
     assert begun(wider) == ["lr=1e-2"] and wider[0].startswith("trial 3 of 3: ")
     assert wider[-1] == "best: --lr 1e-3" and not any("widen" in line for line in wider)
+
+
+@pytest.mark.parametrize("flags", ["--preset demo --optimizer adam", "--precision auto"])
+def test_the_precision_of_all_trials_is_settled_once(sweep, monkeypatch, flags):
+    measured = iter([("fp32", "of its speed")])
+    monkeypatch.setattr("megatron.train.setup.precision.precision_here", lambda config: next(measured))
+    monkeypatch.setattr(one_precision, "ProcessPoolExecutor", lambda count, context: ThreadPoolExecutor(count))
+    base = (*flags.split(), *BASE)
+    _, lines, error = sweep("--vary", "lr", "1e-4", base=base)
+    assert (lines[0], error) == ("precision: fp32 in all trials; of its speed", "")
+    _, lines, _ = sweep("--vary", "lr", "1e-4", "1e-3", base=base)
+    assert begun(lines) == ["lr=1e-3"]
+    for rate in ("1e-4", "1e-3"):
+        words = Path(f"out/lr={rate}/run.log").read_text().split()
+        assert "--no-bf16" in words and "auto" not in words
 
 
 def test_a_trial_that_diverges_is_not_finite_and_is_not_tried_again(sweep):
