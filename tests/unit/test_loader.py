@@ -7,8 +7,10 @@ import multiprocessing
 import os
 import signal
 import time
+import warnings
 import weakref
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from multiprocessing.synchronize import SemLock
 
@@ -90,6 +92,14 @@ def test_two_workers_serve_the_batches_that_none_does(train):
     alone, ahead = (take(train, 30, micro_batch_size=2, num_workers=workers) for workers in (0, 2))
     for pair in zip(alone, ahead, strict=True):
         assert_same(*pair)
+
+
+def test_more_workers_than_cores_are_no_matter_for_a_warning(train, monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        with closing(load(train, num_workers=2)) as loader:
+            next(loader)
 
 
 @pytest.mark.parametrize("data_size, micro_batch_size", [(1, 12), (2, 3), (4, 1), (3, 4)])

@@ -22,6 +22,15 @@ from megatron.parallel.launch.failure import report, told_once
 HOST = socket.gethostname()
 GLOO = ("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.0.0.2]:5539. "
         "This is typically caused by a remote worker crashing.")
+LOST_WORKER = ("a process that prepares batches was killed (signal 9), probably for want of memory: give more memory, "
+               "or --num-workers 0")
+
+
+def exited():
+    """The loader's error where it finds that a worker has gone."""
+    error = RuntimeError("DataLoader worker (pid(s) 77) exited unexpectedly")
+    error.__cause__ = RuntimeError("DataLoader worker (pid 77) is killed by signal: Killed. ")
+    return error
 
 
 def reported(error, launch, monkeypatch, tmp_path, capsys):
@@ -42,8 +51,10 @@ def reported(error, launch, monkeypatch, tmp_path, capsys):
     (RuntimeError(GLOO), f"rank 3 on {HOST} lost its peers: Connection closed by peer [10.0.0.2]:5539", 1),
     (dist.DistStoreError("timed out waiting for ranks 1, 2 to start"),
      f"rank 3 on {HOST} lost its peers: timed out waiting for ranks 1, 2 to start", 1),
+    (RuntimeError("DataLoader worker (pid 77) is killed by signal: Killed. "), f"rank 3 on {HOST}: {LOST_WORKER}", 1),
+    (exited(), f"rank 3 on {HOST}: {LOST_WORKER}", 1),
     (RuntimeError("EADDRINUSE"), f"port 6000 is taken; set MASTER_PORT to a free one (rank 3 on {HOST})", 2),
-], ids=["user", "bug", "long", "gloo", "store", "port"])
+], ids=["user", "bug", "long", "gloo", "store", "worker", "loader", "port"])
 def test_a_rank_that_fails_says_who_where_and_why(error, line, status, monkeypatch, tmp_path, capsys):
     launch = Launch(rank=3, size=4, master_port=6000)
     printed, left, ended = reported(error, launch, monkeypatch, tmp_path, capsys)

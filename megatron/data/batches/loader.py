@@ -6,6 +6,7 @@ a step are the same for any number of ranks.
 
 import atexit
 import signal
+import warnings
 from collections.abc import Iterator
 from itertools import count
 from typing import Any
@@ -63,11 +64,13 @@ class BatchIterator(Iterator[Batch]):
             # Forked explicitly, since it is not the default in Python 3.14: workers must inherit the signal mask below.
             options = {"prefetch_factor": BATCHES_AHEAD, "worker_init_fn": _build_ahead,
                        "multiprocessing_context": "fork"}
-        loader = DataLoader(dataset, batch_size=None, sampler=samples, num_workers=num_workers,
-                            pin_memory=pin, **options)
         unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))  # workers inherit it
         try:
-            self._batches: Iterator[Batch | ValueError] | None = iter(loader)
+            with warnings.catch_warnings():  # each rank and split would say twice that workers outnumber cores
+                warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
+                loader = DataLoader(dataset, batch_size=None, sampler=samples, num_workers=num_workers,
+                                    pin_memory=pin, **options)
+                self._batches: Iterator[Batch | ValueError] | None = iter(loader)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
         if num_workers:

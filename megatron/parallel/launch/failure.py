@@ -1,6 +1,6 @@
 """What a rank prints when it fails: one line with its number, its host and the reason.
 
-A rank that only lost its peers prints no traceback: the cause is theirs.
+A rank that only lost its peers, or a process of its own, prints no traceback: the cause is not in its code.
 """
 
 import hashlib
@@ -26,6 +26,8 @@ INTERRUPTED = 130  # the exit status of a program that Ctrl-C ends, in a shell's
 _LOST_PEERS = re.compile(r"closed by peer|reset by peer|broken pipe|connection refused|connection was likely closed|"
                          r"connection .{0,20}(closed|lost)|socket (closed|timeout)|timed out|wait timeout|pair closure|"
                          r"remote process exited|failed to (recv|connect)|store .{0,20}closed", re.IGNORECASE)
+# In those of a DataLoader's SIGCHLD handler: the kernel, or a person, has ended a worker.
+_LOST_WORKER = re.compile(r"DataLoader worker \(pid \d+\) is killed by signal: Killed")
 
 
 class RankError(RuntimeError):
@@ -34,6 +36,10 @@ class RankError(RuntimeError):
 
 class LostPeersError(RankError):
     """Carries the line of a rank that failed because another has gone, or did not answer in time."""
+
+
+class LostWorkerError(RankError):
+    """Carries the line of a rank that failed because a process that prepares its batches was killed."""
 
 
 def refused(error: UserError | OSError, launch: Launch) -> int:
@@ -53,13 +59,13 @@ def refused(error: UserError | OSError, launch: Launch) -> int:
 def report(error: Exception, launch: Launch) -> int:
     """Reports to user and launcher why this rank fails; call it inside the `except` clause. Returns the exit status.
 
-    A mistake of the user's, and lost peers, take one line; anything else a traceback and one line.
+    A mistake of the user's, lost peers and lost workers take one line; anything else a traceback and one line.
     """
     if isinstance(error, RuntimeError) and "EADDRINUSE" in str(error):
         error = LaunchError(f"port {launch.master_port} is taken; set MASTER_PORT to a free one")
     is_of_user = isinstance(error, UserError)
     reason = _reason(error, launch)
-    if not (is_of_user or isinstance(reason, LostPeersError)):
+    if not (is_of_user or isinstance(reason, LostPeersError | LostWorkerError)):
         sys.stderr.write(traceback.format_exc())
     get_error_handler().record_exception(reason)  # megatron/parallel/launch/agent.py reads it
     if not (launch.is_heard or isinstance(error, UserError) and error.is_told):
@@ -125,4 +131,8 @@ def _reason(error: Exception, launch: Launch) -> RankError:
         # Without gloo's source location and its advice.
         text = re.sub(r"^\[\S+:\d+\] ", "", text).split(". This is typically")[0]
         return LostPeersError(f"{where} lost its peers: {text}")
+    # The loader may raise its own error from that of the handler.
+    if any(isinstance(one, RuntimeError) and _LOST_WORKER.search(str(one)) for one in (error, error.__cause__)):
+        return LostWorkerError(f"{where}: a process that prepares batches was killed (signal 9), probably for want of "
+                               "memory: give more memory, or --num-workers 0")
     return RankError(f"{where}: {type(error).__name__}: {text}")
