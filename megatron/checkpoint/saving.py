@@ -1,5 +1,6 @@
 """Saves the checkpoints of a run, either while training waits or in a background thread."""
 
+import errno
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -160,16 +161,20 @@ class Saver:
 
     def _refused(self, place: Path, error: OSError | CheckpointError, parts: Parts) -> CheckpointError:
         """The exception to raise for a failed write; `parts`: this rank's share, by which the size is estimated."""
+        is_first = not iterations(self._root)
+        kept = "No checkpoint exists yet" if is_first else "The last good checkpoint is untouched"
         if not isinstance(error, OSError):
-            return CheckpointError(f"could not save {place}: {error}; the last good checkpoint is untouched")
+            return CheckpointError(f"could not save {place}: {error}. {kept}")
         needed = self._writers.size * sum(part.tensor.numel() * part.tensor.element_size() for part in parts.values())
+        refused = f"could not save {place}: {error.strerror or error}; it takes {needed / 1e6:,.1f} MB"
+        if error.errno == errno.EFBIG:
+            return SaveError(f"{refused}. {kept}; raise the limit on the size of files (ulimit -f)")
         try:
             room = f"{shutil.disk_usage(self._root).free / 1e6:,.1f} MB are free in {self._root}"
         except OSError as unknown:
             room = f"what is free in {self._root} cannot be asked ({unknown.strerror})"
-        return SaveError(f"could not save {place}: {error.strerror or error}; it takes {needed / 1e6:,.1f} MB, and "
-                         f"{room}. The last good checkpoint is untouched; make room, as by moving older iter_ folders "
-                         "away, or give another --save")
+        older = "" if is_first else "as by moving older iter_ folders away, "
+        return SaveError(f"{refused}, and {room}. {kept}; make room, {older}or give another --save")
 
     def _settle(self, write: Callable[[], int]) -> None:
         """Call `write`, which returns the iteration that it wrote, and report it; its errors are raised."""

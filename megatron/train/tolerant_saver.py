@@ -34,5 +34,8 @@ class TolerantSaver(Saver):
             super()._settle(write)
             self._failure = None
         except SaveError as error:
-            self._log.line(f"note: {error}. {self._outlook}")
+            # The end says once more why, as an error.
+            is_told = self._failure is not None and self._outlook != GOES_ON
+            self._log.line(f"note: {'the disk has refused this checkpoint, too' if is_told else error}. "
+                           f"{self._outlook}")
             self._failure = error

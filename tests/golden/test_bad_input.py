@@ -125,6 +125,7 @@ def test_a_full_disk_while_saving_leaves_the_last_good_checkpoint(corpus, tmp_pa
     result = subprocess.run([python, program, *flags], text=True, capture_output=True)
     assert result.returncode == 4, result.stdout + result.stderr
     assert result.stderr.startswith(f"error: could not save {tmp_path}/iter_00000")
+    assert "The last good checkpoint is untouched; raise the limit on the size of files (ulimit -f)" in result.stderr
     assert sorted(path.name for path in Path(tmp_path).glob("*iter_*")) == ["iter_0000004"]
     assert main(flags) == 0
 
