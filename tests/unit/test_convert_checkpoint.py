@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron.checkpoint.contents import stored
 from megatron.checkpoint.convert.conversion import convert
 from megatron.checkpoint.convert.formats import FORMATS, recognised
 from megatron.checkpoint.convert.inspection import inspect
@@ -127,6 +128,34 @@ def test_the_state_of_muon_stays_behind_where_the_original_has_none(tmp_path, mo
     weights = FORMATS["megatron-v2"].read(tmp_path / "megatron-v2")
     assert weights.optimizer is None
     check_values(weights, wholes())
+
+
+@pytest.mark.parametrize("saver", OF_RANKS)
+@pytest.mark.parametrize(("lacks", "flag", "value"), [
+    ("embedding.position_embeddings.weight", "--position-embedding-type", "rope"),
+    ("lm_head.layernorm.bias", "--normalization", "RMSNorm"), ("lm_head.dense.bias", "--disable-bias-linear", True)])
+def test_what_megatron_cannot_compute_is_refused_by_its_flag(saver, lacks, flag, value, tmp_path):
+    write_original(tmp_path / "original")
+    one = FORMATS["megatron-v2"].read(tmp_path / "original")
+    config = one.state["config"] | {flag.removeprefix("--").replace("-", "_"): value}
+    model = {name: tensor for name, tensor in one.model.items() if name != lacks}
+    with pytest.raises(CheckpointError, match=f"was trained with {flag} {value}, which Megatron-LM's BERT does not"):
+        FORMATS[saver].write(replace(one, model=model, state=one.state | {"config": config}), tmp_path / "new")
+
+
+@pytest.mark.parametrize("saver", OF_RANKS)
+def test_what_megatron_has_no_place_for_is_left_out_with_a_note(saver, tmp_path, monkeypatch, capsys):
+    write_original(tmp_path / "original")
+    one = FORMATS["megatron-v2"].read(tmp_path / "original")
+    heads = {"contact_head.weight": stored(torch.ones(1, 8)), "contact_head.bias": stored(torch.ones(1))}
+    state = one.state | {"config": one.state["config"] | {"contact_head": True}, "meters": {}}
+    FORMATS["whole"].write(replace(one, model={**one.model, **heads}, state=state), tmp_path / "whole")
+    status, said, wrong = run(convert_checkpoint, monkeypatch, capsys, "--load-dir", tmp_path / "whole", "--save-dir",
+                              tmp_path / "new", "--saver", saver)
+    assert (status, wrong) == (0, "")
+    assert f"note: {saver} knows no contact head; it is left out" in said
+    assert ("knows no counts of residues, seconds and FLOPs" in said) == (saver == "megatron-v2")
+    assert FORMATS[saver].read(tmp_path / "new").model.keys() == one.model.keys()
 
 
 def test_partitions_are_merged_and_split_with_the_original_tools_flags(tmp_path, monkeypatch, capsys):

@@ -169,11 +169,15 @@ def test_what_is_no_model_of_ours_is_refused_in_one_line(kind, edit, message, ch
 
 
 @pytest.mark.parametrize(("kind", "change", "message"), [
-    ("esm2", {"protein_ends": "start"}, "protein_ends start, where it has both"),
-    ("esm2", {"rotary_base": 500.0}, "rotary_base 500.0"),
+    ("esm2", {"protein_ends": "start"}, "has --protein-ends start, where it has both"),
+    ("esm2", {"rotary_base": 500.0}, "--rotary-base 500.0"),
     ("esm2", {"vocab_file": "protbert"}, "its vocabulary is not there"),
-    ("esm1b", {"layernorm_epsilon": 1e-12}, "layernorm_epsilon 1e-12"),
-    ("esm1b", {"bias_gelu_fusion": True}, "another arithmetic than ESM's; fair-esm has no such model, write it as hf"),
+    ("esm1b", {"layernorm_epsilon": 1e-12}, "--layernorm-epsilon 1e-12"),
+    ("esm1b", {"bias_gelu_fusion": True}, "has --bias-gelu-fusion True, which changes ESM's arithmetic; fair-esm has no"
+                                          " such model, write it as hf"),
+    ("esm2", {"kv_channels": 99}, "has --kv-channels 99, which"),
+    ("esm2", {"window_size": (8, 8)}, "has --window-size (8, 8), which"),
+    ("esm2", {"qkv_conv_kernel": 3}, "has --qkv-conv-kernel 3, which"),
 ])
 def test_what_fair_esm_has_not_is_not_written(kind, change, message, checkpoints, tmp_path):
     first = checkpoints[kind]

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron.checkpoint.contact_head import contact_head_file, with_contact_head
+from megatron.checkpoint.contact_head import BIAS, WEIGHT, contact_head_file, with_contact_head
 from megatron.checkpoint.contents import Box, Checkpoint, StoredTensor, one_piece
 from megatron.checkpoint.convert.families import esm, flags
 from megatron.checkpoint.convert.families.vocabularies import known_vocabulary, num_tokens_of
@@ -82,9 +82,9 @@ def _refuse_occupied(target: Path, names: FlagNames) -> None:
 
 
 def _without_what_is_unknown(checkpoint: Checkpoint, saver: str, log: Log) -> Checkpoint:
-    """The checkpoint without the average and the optimizer's state if the format `saver` cannot hold them.
+    """The checkpoint without the average, the contact head and the optimizer's state if `saver` cannot hold them.
 
-    Says so in the log, along with the notes that the reader left in the checkpoint's state.
+    Says so in the log, along with what else a run that resumes misses, and the notes that the reader left in the state.
     """
     if saver not in OURS and checkpoint.average is not None:
         log.line(f"note: {saver} knows no average of the weights beside them, and it is left out; --load-ema writes it "
@@ -92,6 +92,14 @@ def _without_what_is_unknown(checkpoint: Checkpoint, saver: str, log: Log) -> Ch
         checkpoint = replace(checkpoint, average=None)
     for note in checkpoint.state.get("notes", ()):
         log.line(f"note: {note}")
+    if saver.startswith("megatron-") and WEIGHT in checkpoint.model:
+        log.line(f"note: {saver} knows no contact head; it is left out")
+        config = {**checkpoint.state.get("config", {}), "contact_head": False}
+        model = {name: tensor for name, tensor in checkpoint.model.items() if name not in (WEIGHT, BIAS)}
+        checkpoint = replace(checkpoint, model=model, state={**checkpoint.state, "config": config})
+    if saver == "megatron-v2" and "meters" in checkpoint.state:
+        log.line(f"note: {saver} knows no counts of residues, seconds and FLOPs: the metrics of a run that resumes "
+                 "from it lack them")
     of_muon = saver == "megatron-v2" and checkpoint.state.get("config", {}).get("optimizer") in ("muon", "normuon")
     if (saver in WEIGHTS_ALONE or of_muon) and checkpoint.optimizer is not None:
         log.line(f"note: {saver} {'knows no Muon' if of_muon else 'takes the weights alone'}; the optimizer's state is "

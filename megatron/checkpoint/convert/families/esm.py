@@ -10,7 +10,7 @@ its loader needs torch.serialization.add_safe_globals([argparse.Namespace]), for
 import argparse
 import re
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ from megatron.checkpoint.convert.families.vocabularies import vocabulary_of
 from megatron.checkpoint.convert.torch_files import has_mark, read_torch_file
 from megatron.checkpoint.convert.torch_writing import write_torch_file
 from megatron.checkpoint.convert.vocabulary import WORDS, with_rows
+from megatron.config import DataConfig, ModelConfig
+from megatron.config.declaration import flag_name
 from megatron.data.corpus.vocab import Vocab
 from megatron.errors import CheckpointError
 from megatron.files import sync
@@ -193,12 +195,13 @@ def _refuse_others(place: Path, config: Mapping[str, Any], vocab: Vocab, is_rota
     expected = {"layernorm_epsilon": _EPSILON, "untie_embeddings_and_output_weights": False, "protein_ends": "both"}
     if is_rotary:
         expected |= {"rotary_base": _BASE, "ffn_hidden_size": 4 * config["hidden_size"], "embedding_layernorm": False}
-    wrong = next((f"{name} {config.get(name)}, where it has {value}" for name, value in expected.items()
+    spelled = {item.name: flag_name(item) for section in (ModelConfig, DataConfig) for item in fields(section)}
+    wrong = next((f"{spelled[name]} {config.get(name)}, where it has {value}" for name, value in expected.items()
                   if config.get(name) != value), None)
     if vocab.identity != Vocab.from_file("esm").identity:
         wrong = "another vocabulary than esm"
-    if flags.family_of(config) != flags.ESM:
-        wrong = "another arithmetic than ESM's"
+    if (name := flags.differing(config, flags.ESM)) is not None:
+        wrong = f"{spelled[name]} {config.get(name)}, which changes ESM's arithmetic"
     if wrong is not None:
         raise CheckpointError(f"{place}: has {wrong}; fair-esm has no such model, write it as hf")
 

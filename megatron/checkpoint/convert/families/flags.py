@@ -169,16 +169,20 @@ def check_counts(counts: Mapping[str, Any], place: Path) -> None:
 
 def family_of(config: Mapping[str, Any]) -> str:
     """The family whose transformers class computes the same as a model of these flags; OWN if there is none."""
-    if config["kv_channels"] * config["num_attention_heads"] != config["hidden_size"] or (
-            config.get("num_query_groups") not in (None, config["num_attention_heads"])):
-        return OWN
-    if config["position_embedding_type"] not in _POSITIONS[ESM].values():
-        return OWN
-    defaults = arithmetic()
-    for kind, fixed, free in ((ESM, OF_ESM, _FREE | _FREE_IN_ESM), (BERT, _OF_BERT, _FREE)):
-        if all(config.get(name, value) == value for name, value in (defaults | fixed).items() if name not in free):
-            return kind
-    return OWN
+    return next((kind for kind in (ESM, BERT) if differing(config, kind) is None), OWN)
+
+
+def differing(config: Mapping[str, Any], kind: str) -> str | None:
+    """The name of the first of these flags with which the transformers class of ESM or BERT, `kind`, cannot compute."""
+    if config["kv_channels"] * config["num_attention_heads"] != config["hidden_size"]:
+        return "kv_channels"
+    if config.get("num_query_groups") not in (None, config["num_attention_heads"]):
+        return "num_query_groups"
+    if config["position_embedding_type"] not in _POSITIONS[kind].values():
+        return "position_embedding_type"
+    fixed, free = (OF_ESM, _FREE | _FREE_IN_ESM) if kind == ESM else (_OF_BERT, _FREE)
+    return next((name for name, value in (arithmetic() | fixed).items()
+                 if name not in free and config.get(name, value) != value), None)
 
 
 def configuration(config: Mapping[str, Any], kind: str, vocab: Vocab) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import torch
 from megatron.checkpoint.contents import Checkpoint, StoredTensor
 from megatron.checkpoint.convert.megatron_core.arguments import their_arguments
 from megatron.checkpoint.convert.megatron_core.names import their_name
+from megatron.checkpoint.convert.megatron_v2.arguments import refuse_others
 from megatron.checkpoint.convert.megatron_v2.names import num_layers, parameter_names
 from megatron.checkpoint.convert.megatron_v2.rank_files import check_divisions
 from megatron.checkpoint.convert.vocabulary import WORDS, rows_for, with_rows
@@ -22,6 +23,7 @@ def weights_of(checkpoint: Checkpoint, tensor: int, pipeline: int) -> tuple[dict
     divided so, CheckpointError if megatron-core has no such model.
     """
     model, path = checkpoint.model, checkpoint.path
+    refuse_others(checkpoint)
     names = parameter_names(max(1, num_layers(model)))
     if wrong := sorted(set(names) ^ model.keys()):
         raise CheckpointError(f"{path}: parameter {wrong[0]} is not one that megatron-core's BERT has, or is missing; "

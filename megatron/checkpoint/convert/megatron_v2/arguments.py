@@ -175,20 +175,22 @@ def learning_rate(state: Mapping[str, Any]) -> float:
     return rates_of(schedule).learning_rate(state["progress"]["consumed_samples"])
 
 
-def arguments_of(checkpoint: Checkpoint, num_tensor: int, num_pipeline: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Megatron's arguments, without the rank, for the files of a checkpoint whose vocabulary is padded already.
-
-    `dtype`: of the parameters. Raises CheckpointError if Megatron's model cannot compute what this one does.
-    """
-    defaults, saved = Config().as_dict(), checkpoint.state.get("config", {})
-    flags = defaults | saved
-    flags["num_query_groups"] = None if flags["num_query_groups"] == flags["num_attention_heads"] else (
-        flags["num_query_groups"])
+def refuse_others(checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError with the first flag with which Megatron's model cannot compute what this one does."""
+    flags, defaults = _flags(checkpoint), Config().as_dict()
     for item in fields(Config().model):
         if item.metadata["changes"] == "arithmetic" and item.name not in _MEANT_THERE and (
                 flags[item.name] != defaults[item.name]):
             raise CheckpointError(f"{checkpoint.path}: was trained with {flag_name(item)} {flags[item.name]}, which "
                                   "Megatron-LM's BERT does not have; --to hf writes any model of ours")
+
+
+def arguments_of(checkpoint: Checkpoint, num_tensor: int, num_pipeline: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Megatron's arguments, without the rank, for the files of a checkpoint whose vocabulary is padded already.
+
+    `dtype`: of the parameters.
+    """
+    flags = _flags(checkpoint)
     ours = {item.name: flags[item.name] for name, section in Config().sections() if name in _SECTIONS
             for item in fields(section)}
     if ours["openai_gelu"]:  # Megatron would use it in the head too; bias_gelu_fusion gives the same GeLU in the blocks
@@ -208,6 +210,14 @@ def arguments_of(checkpoint: Checkpoint, num_tensor: int, num_pipeline: int, dty
 def _in_list(item: Field, value: Any) -> Any:
     """The value of a flag, in a list where the flag takes several here but Megatron has one, as for --mask-prob."""
     return [value] if item.metadata["nargs"] and not isinstance(value, list | tuple | None) else value
+
+
+def _flags(checkpoint: Checkpoint) -> dict[str, Any]:
+    """A checkpoint's flags, completed by defaults; as many key-value groups as heads are none."""
+    flags = Config().as_dict() | checkpoint.state.get("config", {})
+    if flags["num_query_groups"] == flags["num_attention_heads"]:
+        flags["num_query_groups"] = None
+    return flags
 
 
 def _rows_a_step(given: Mapping[str, Any]) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from megatron.checkpoint.contents import Checkpoint, StoredTensor, split
-from megatron.checkpoint.convert.megatron_v2.arguments import arguments_of, learning_rate, scheduler_of
+from megatron.checkpoint.convert.megatron_v2.arguments import arguments_of, learning_rate, refuse_others, scheduler_of
 from megatron.checkpoint.convert.megatron_v2.names import (
     decays,
     num_layers,
@@ -44,6 +44,7 @@ class _Files:
         self._checkpoint, self._num_tensor, self._num_pipeline = checkpoint, num_tensor, num_pipeline
         self._config = checkpoint.state.get("config", {})
         self._num_layers = num_layers(checkpoint.model)
+        refuse_others(checkpoint)
         names = parameter_names(self._num_layers)
         if wrong := sorted(set(names) ^ checkpoint.model.keys()):
             raise CheckpointError(f"{checkpoint.path}: parameter {wrong[0]} is not one that Megatron v2 has, or is "
