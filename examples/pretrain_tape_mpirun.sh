@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Pretrains as examples/pretrain_tape.sh does (PRESET, DATA_PATH, CHECKPOINT_PATH and VOCAB_FILE are explained there),
-# in processes that the mpirun of Open MPI, MPICH or Intel MPI starts. They communicate by NCCL or gloo, as elsewhere,
-# not by MPI. It saves checkpoints in runs/PRESET-mpirun.
+# in processes that the mpiexec (mpirun) of Open MPI, MPICH or Intel MPI starts. They communicate by NCCL or gloo, as
+# elsewhere, not by MPI. It saves checkpoints in runs/PRESET-mpirun.
 #
 #     bash examples/pretrain_tape_mpirun.sh [any flag of pretrain_tape.py]
 #
@@ -10,14 +10,14 @@
 #     PROCESSES=16 MPIRUN_FLAGS="--host node0:8,node1:8" MASTER_ADDR=node0 bash examples/pretrain_tape_mpirun.sh
 #
 #     PROCESSES      total number of processes (default: this machine's GPUs; 2 if it has none, on the CPU over gloo)
-#     MPIRUN_FLAGS   more flags for mpirun, such as where to run (default: on this machine)
+#     MPIRUN_FLAGS   more flags for mpiexec, such as where to run (default: on this machine)
 #     MASTER_ADDR    address of the machine of process 0 (default: this machine)
 #     MASTER_PORT    a free port there (default: derived from the job's name)
 #
 # A request to stop (Ctrl-C, SIGTERM, SIGHUP, SIGUSR1) to this script reaches all processes: they save and exit with
-# success. Do not send SIGTERM or SIGINT to Open MPI's mpirun itself: it kills them before they save.
+# success. Do not send SIGTERM or SIGINT to Open MPI's mpiexec itself: it kills them before they save.
 #
-# When a process dies, all end. mpirun does not restart them: run this script again to resume from the last checkpoint.
+# When a process dies, all end. mpiexec does not restart them: run this script again to resume from the last checkpoint.
 set -euo pipefail
 
 run_suffix=-mpirun
@@ -33,6 +33,7 @@ read -ra mpirun_flags <<<"${MPIRUN_FLAGS-}"
 environment=(PYTHONPATH="$PYTHONPATH" OMP_NUM_THREADS="$OMP_NUM_THREADS" GOMP_SPINCOUNT="$GOMP_SPINCOUNT"
     GLIBC_TUNABLES="$GLIBC_TUNABLES"
     ${MASTER_ADDR:+"MASTER_ADDR=$MASTER_ADDR"} ${MASTER_PORT:+"MASTER_PORT=$MASTER_PORT"})
-# On SIGTERM, Open MPI kills its processes at once. Every mpirun passes on SIGUSR1, which asks them to stop as well.
-run_until_asked USR1 mpirun -np "$processes" --bind-to none ${mpirun_flags[@]+"${mpirun_flags[@]}"} \
+# On SIGTERM, Open MPI kills its processes at once. Every mpiexec passes on SIGUSR1, which asks them to stop as well.
+# Intel MPI's mpirun does not: it is a shell script, which would end alone.
+run_until_asked USR1 mpiexec -np "$processes" --bind-to none ${mpirun_flags[@]+"${mpirun_flags[@]}"} \
     env "${environment[@]}" "$python" "$root/pretrain_tape.py" "${flags[@]}" "$@"

@@ -66,8 +66,8 @@ def path_with(tmp_path):
     return put
 
 
-def test_mpirun_starts_the_ranks(corpus, tmp_path, path_with, python):
-    path = path_with(mpirun=STAND_IN.format(OPEN_MPI))
+def test_mpiexec_starts_the_ranks(corpus, tmp_path, path_with, python):
+    path = path_with(mpiexec=STAND_IN.format(OPEN_MPI))
     curve = run(ROOT / "examples" / "pretrain_tape_mpirun.sh", corpus, tmp_path / "run", *TWO_RANKS, PATH=path,
                 PYTHON=python, PROCESSES="2", MPIRUN_FLAGS="--host localhost:2")
     assert list(curve) == [1, 2]
@@ -89,10 +89,10 @@ def test_of_several_machines_each_is_told_the_address_of_the_first(corpus, tmp_p
     assert process.returncode == 2
 
 
-# As srun does, it passes SIGUSR1 on, waits for both tasks, and ends with the highest of their statuses.
-PATIENT_SRUN = f"""#!/usr/bin/env bash
-while [[ $1 == -* ]]; do shift; done
-for rank in 0 1; do {SRUN} "$@" & done
+# As srun and mpiexec do, it passes SIGUSR1 on, waits for both tasks, and ends with the highest of their statuses.
+PATIENT = """#!/usr/bin/env bash
+while [[ $1 == -* ]]; do case $1 in -np | --bind-to | --host) shift ;; esac; shift; done
+for rank in 0 1; do {} "$@" & done
 trap 'kill -s USR1 $(jobs -p) 2>/dev/null' USR1
 highest=0
 for task in $(jobs -p); do
@@ -101,6 +101,11 @@ for task in $(jobs -p); do
     if [ "$status" -gt "$highest" ]; then highest=$status; fi
 done
 exit "$highest"
+"""
+# A shell script that starts mpiexec, as Intel MPI's mpirun: SIGUSR1 ends this script alone.
+INTEL_MPIRUN = """#!/bin/sh
+mpiexec "$@"
+exit $?
 """
 # As srun does with --kill-on-bad-exit, whose status a killed task decides.
 KILLING_SRUN = f"""#!/usr/bin/env bash
@@ -116,10 +121,22 @@ case $1 in show) echo "$HOSTNAME"; echo "${OTHER_MACHINE:-$HOSTNAME}" ;; requeue
 """
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.table)])
+def test_a_request_to_stop_reaches_the_ranks_that_mpiexec_starts(corpus, tmp_path, path_with, python, number):
+    process = start(ROOT / "examples" / "pretrain_tape_mpirun.sh", corpus, tmp_path / "run", "--train-iters", 200,
+                    *TWO_RANKS, PATH=path_with(mpiexec=PATIENT.format(OPEN_MPI), mpirun=INTEL_MPIRUN), PYTHON=python,
+                    PROCESSES="2")
+    wait_for_first_step(process, tmp_path / "run")
+    process.send_signal(number)
+    output = process.communicate()[0]
+    assert process.returncode == 0, output
+    assert "stopped at iteration" in output
+
+
 @pytest.fixture
 def start_job(corpus, tmp_path, path_with, python):
     """A function that starts the script as SLURM would."""
-    path, script = path_with(srun=PATIENT_SRUN, scontrol=SCONTROL), ROOT / "examples" / "pretrain_tape_slurm.sh"
+    path, script = path_with(srun=PATIENT.format(SRUN), scontrol=SCONTROL), ROOT / "examples" / "pretrain_tape_slurm.sh"
 
     def one(*flags, **environment):
         return start(script, corpus, tmp_path / "run", *TWO_RANKS, *flags, PATH=path, SLURM_JOB_ID="17",
