@@ -12,7 +12,7 @@
 #     PROCESSES      total number of processes (default: this machine's GPUs; 2 if it has none, on the CPU over gloo)
 #     MPIRUN_FLAGS   more flags for mpiexec, such as where to run (default: on this machine)
 #     MASTER_ADDR    address of the machine of process 0 (default: this machine)
-#     MASTER_PORT    a free port there (default: derived from the job's name)
+#     MASTER_PORT    a free port there (default: one chosen at random)
 #
 # A request to stop (Ctrl-C, SIGTERM, SIGHUP, SIGUSR1) to this script reaches all processes: they save and exit with
 # success. Do not send SIGTERM or SIGINT to Open MPI's mpiexec itself: it kills them before they save.
@@ -27,12 +27,15 @@ source "$(dirname "${BASH_SOURCE[0]}")/pretraining.sh"
 processes=${PROCESSES:-$default_processes}
 share_cores "$processes"
 
+# MPICH gives its processes no name of the job, from which a port could be derived. Below 32768, from where on Linux
+# assigns ports to connections.
+port=${MASTER_PORT:-$((10000 + RANDOM % 20000))}
 read -ra mpirun_flags <<<"${MPIRUN_FLAGS-}"
 # Each MPI has its own flag for the environment of remote processes; `env` works with all. Processes are not bound to
 # cores, because each needs several: for its threads and for the workers that prepare its batches.
 environment=(PYTHONPATH="$PYTHONPATH" OMP_NUM_THREADS="$OMP_NUM_THREADS" GOMP_SPINCOUNT="$GOMP_SPINCOUNT"
     GLIBC_TUNABLES="$GLIBC_TUNABLES"
-    ${MASTER_ADDR:+"MASTER_ADDR=$MASTER_ADDR"} ${MASTER_PORT:+"MASTER_PORT=$MASTER_PORT"})
+    MASTER_PORT="$port" ${MASTER_ADDR:+"MASTER_ADDR=$MASTER_ADDR"})
 # On SIGTERM, Open MPI kills its processes at once. Every mpiexec passes on SIGUSR1, which asks them to stop as well.
 # Intel MPI's mpirun does not: it is a shell script, which would end alone.
 run_until_asked USR1 mpiexec -np "$processes" --bind-to none ${mpirun_flags[@]+"${mpirun_flags[@]}"} \

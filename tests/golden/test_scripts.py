@@ -73,6 +73,27 @@ def test_mpiexec_starts_the_ranks(corpus, tmp_path, path_with, python):
     assert list(curve) == [1, 2]
 
 
+@pytest.fixture
+def mpiexec_given(corpus, tmp_path, path_with, python):
+    """A function that runs the script; gives the words and the environment that mpiexec got, one a line."""
+    path = path_with(mpiexec="""#!/usr/bin/env bash\nprintf '%s\\n' "$@"; env\n""")
+
+    def given(**environment):
+        process = start(ROOT / "examples" / "pretrain_tape_mpirun.sh", corpus, tmp_path / "run", PATH=path,
+                        PYTHON=python, **environment)
+        output = process.communicate()[0]
+        assert process.returncode == 0, output
+        return output.splitlines()
+
+    return given
+
+
+def test_ranks_that_mpiexec_starts_meet_at_a_port_of_their_own_or_at_the_users(mpiexec_given):
+    ports = [next(line for line in mpiexec_given() if line.startswith("MASTER_PORT=")) for _ in range(2)]
+    assert len(set(ports)) == 2 and all(10_000 <= int(port.split("=")[1]) < 30_000 for port in ports)
+    assert "MASTER_PORT=6001" in mpiexec_given(MASTER_PORT="6001")
+
+
 def test_srun_starts_the_ranks_from_the_copy_that_slurm_makes_of_the_script(corpus, tmp_path, path_with, python):
     path = path_with(srun=STAND_IN.format(SRUN))
     script = shutil.copy(ROOT / "examples" / "pretrain_tape_slurm.sh", tmp_path / "slurm_script")

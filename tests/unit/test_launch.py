@@ -87,6 +87,10 @@ def test_rank_0_of_srun_is_on_the_first_host(hosts, first):
     assert place(SRUN | {"SLURM_STEP_NODELIST": hosts})[3] == first
 
 
+def test_runs_of_intel_mpi_on_one_host_meet_at_different_ports():
+    assert len({launched(MPICH | {"I_MPI_HYDRA_UUID": uuid}).master_port for uuid in ("e24-8be3", "eb4-149c")}) == 2
+
+
 def test_a_job_meets_at_a_port_of_its_own():
     ports = [launched(SRUN | {"SLURM_JOB_ID": str(job)}).master_port for job in range(100)]
     assert len(set(ports)) > 95
@@ -243,6 +247,21 @@ def test_ranks_that_do_not_come_are_named_when_the_time_is_up():
     launch = Launch(0, 3, 0, "127.0.0.1", agent.port, "torchrun", has_agent=True)
     with pytest.raises(dist.DistStoreError, match="waiting for ranks 1, 2 to start"):
         meeting_store(launch, timedelta(seconds=0.1))
+
+
+def test_a_rank_that_comes_to_another_run_is_refused_at_once():
+    with closing(socket.create_server(("127.0.0.1", 0))) as server:
+        port = server.getsockname()[1]
+    size, stores = 2, {}
+    threads = [threading.Thread(target=lambda rank=rank: stores.update({rank: meeting_store(
+        Launch(rank, size, rank, "127.0.0.1", port, "PMI"), timedelta(seconds=20))})) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert set(stores) == {0, 1}
+    with pytest.raises(LaunchError, match=f"another run has met at 127.0.0.1, port {port}; set MASTER_PORT"):
+        meeting_store(Launch(1, size, 1, "127.0.0.1", port, "PMI"), timedelta(seconds=20))
 
 
 def test_a_rank_does_not_wait_beyond_the_timeout_for_what_is_no_store():

@@ -98,8 +98,8 @@ _NEEDED: dict[str, tuple[str, ...]] = {
 }
 _RANKS_ON_HOST = {"torchrun": "LOCAL_WORLD_SIZE", "Open MPI": "OMPI_COMM_WORLD_LOCAL_SIZE",
                   "MPICH or Intel MPI": "MPI_LOCALNRANKS"}
-# Jobs that share a host meet at different ports if one of these variables distinguishes them.
-_JOB_NAMES = ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "SLURM_JOB_ID", "SLURM_STEP_ID")
+# Jobs that share a host meet at different ports if one of these variables distinguishes them. MPICH sets none.
+_JOB_NAMES = ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "I_MPI_HYDRA_UUID", "SLURM_JOB_ID", "SLURM_STEP_ID")
 _DEFAULT_PORT = 6000
 
 

@@ -7,20 +7,24 @@ between calls of torch: so no call waits longer than a second.
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 
 import torch.distributed as dist
 
+from megatron.errors import LaunchError
 from megatron.parallel.launch.environment import Launch
 from megatron.parallel.launch.hosts import answers
 
 STEP_S = 1.0
+_MET = "all have met"
 
 
 def meeting_store(launch: Launch, timeout: timedelta) -> dist.Store:
     """The store through which the ranks find each other, once all have come; all ranks call this, after `check_launch`.
 
-    Raises `DistError` if the others do not come within `timeout`.
+    Raises `DistError` if the others do not come within `timeout`, and LaunchError if another run has met there.
     """
     address, port = str(launch.master_addr), int(launch.master_port or 0)
     deadline_s = time.monotonic() + timeout.total_seconds()
@@ -30,6 +34,7 @@ def meeting_store(launch: Launch, timeout: timedelta) -> dist.Store:
     store = store_at(address, port, timeout, keeps)
     own = dist.PrefixStore(_name_of_this_start(store, launch, deadline_s), store)
     if launch.rank == 0:
+        store.set(_MET, "")
         own.set("all are here", "")
     _wait_for(own, "all are here", deadline_s)  # what follows waits inside torch for those that are not
     return own
@@ -70,7 +75,7 @@ def _name_of_this_start(store: dist.Store, launch: Launch, deadline_s: float) ->
     if launch.rank > 0:
         word = uuid.uuid4().hex
         store.set(f"hello/{launch.rank}", word)
-        _wait_for(store, f"answer/{word}", deadline_s)
+        _wait_for(store, f"answer/{word}", deadline_s, partial(_refuse_another_run, store, launch))
         name = store.get(f"answer/{word}").decode()
         store.set(f"{name}/{launch.rank}", "")
         return name
@@ -86,11 +91,25 @@ def _name_of_this_start(store: dist.Store, launch: Launch, deadline_s: float) ->
     return name
 
 
-def _wait_for(store: dist.Store, key: str, deadline_s: float) -> None:
-    """Waits for a key; raises DistStoreError if it does not come until `deadline_s`, by the monotonic clock."""
+def _refuse_another_run(store: dist.Store, launch: Launch) -> None:
+    """Raises LaunchError if all ranks have met in this store, and so without this one.
+
+    An agent's store is that of its own ranks, which may have met there before a restart.
+    """
+    if not launch.has_agent and store.check([_MET]):
+        raise LaunchError(f"another run has met at {launch.master_addr}, port {launch.master_port}; set MASTER_PORT to "
+                          "a free one")
+
+
+def _wait_for(store: dist.Store, key: str, deadline_s: float, look: Callable[[], None] = lambda: None) -> None:
+    """Waits for a key, and calls `look` every STEP_S seconds meanwhile.
+
+    Raises DistStoreError if the key does not come until `deadline_s`, by the monotonic clock.
+    """
     while True:
         try:
             return store.wait([key], timedelta(seconds=min(STEP_S, max(0.01, deadline_s - time.monotonic()))))
         except dist.DistStoreError:
             if time.monotonic() > deadline_s:
                 raise
+            look()
