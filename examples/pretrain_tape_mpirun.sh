@@ -31,8 +31,10 @@ share_cores "$processes"
 # assigns ports to connections.
 port=${MASTER_PORT:-$((10000 + RANDOM % 20000))}
 read -ra mpirun_flags <<<"${MPIRUN_FLAGS-}"
-# Each MPI has its own flag for the environment of remote processes; `env` works with all. Processes are not bound to
-# cores, because each needs several: for its threads and for the workers that prepare its batches.
+# Processes are not bound to cores, because each needs several: for its threads and for the workers that prepare its
+# batches. Intel MPI ignores --bind-to none.
+export I_MPI_PIN=${I_MPI_PIN:-0}
+# Each MPI has its own flag for the environment of remote processes; `env` works with all.
 environment=(PYTHONPATH="$PYTHONPATH" OMP_NUM_THREADS="$OMP_NUM_THREADS" GOMP_SPINCOUNT="$GOMP_SPINCOUNT"
     GLIBC_TUNABLES="$GLIBC_TUNABLES"
     MASTER_PORT="$port" ${MASTER_ADDR:+"MASTER_ADDR=$MASTER_ADDR"})

@@ -94,6 +94,12 @@ def test_ranks_that_mpiexec_starts_meet_at_a_port_of_their_own_or_at_the_users(m
     assert "MASTER_PORT=6001" in mpiexec_given(MASTER_PORT="6001")
 
 
+def test_no_mpi_binds_a_rank_to_one_core_unless_the_user_asks(mpiexec_given):
+    lines = mpiexec_given()
+    assert lines[lines.index("--bind-to") + 1] == "none" and "I_MPI_PIN=0" in lines
+    assert "I_MPI_PIN=1" in mpiexec_given(I_MPI_PIN="1")
+
+
 def test_srun_starts_the_ranks_from_the_copy_that_slurm_makes_of_the_script(corpus, tmp_path, path_with, python):
     path = path_with(srun=STAND_IN.format(SRUN))
     script = shutil.copy(ROOT / "examples" / "pretrain_tape_slurm.sh", tmp_path / "slurm_script")
