@@ -36,9 +36,12 @@ read -ra mpirun_flags <<<"${MPIRUN_FLAGS-}"
 export I_MPI_PIN=${I_MPI_PIN:-0}
 # Each MPI has its own flag for the environment of remote processes; `env` works with all.
 environment=(PYTHONPATH="$PYTHONPATH" OMP_NUM_THREADS="$OMP_NUM_THREADS" GOMP_SPINCOUNT="$GOMP_SPINCOUNT"
-    GLIBC_TUNABLES="$GLIBC_TUNABLES"
-    MASTER_PORT="$port" ${MASTER_ADDR:+"MASTER_ADDR=$MASTER_ADDR"})
-# On SIGTERM, Open MPI kills its processes at once. Every mpiexec passes on SIGUSR1, which asks them to stop as well.
-# Intel MPI's mpirun does not: it is a shell script, which would end alone.
-run_until_asked USR1 mpiexec -np "$processes" --bind-to none ${mpirun_flags[@]+"${mpirun_flags[@]}"} \
-    env "${environment[@]}" "$python" "$root/pretrain_tape.py" "${flags[@]}" "$@"
+    GLIBC_TUNABLES="$GLIBC_TUNABLES" EXIT_STATUS_FILE="$status_file" MASTER_PORT="$port"
+    ${MASTER_ADDR:+"MASTER_ADDR=$MASTER_ADDR"})
+status=0
+# Not mpirun: Intel MPI's is a shell script, and a request to stop would end it alone.
+start_ranks mpiexec -np "$processes" --bind-to none ${mpirun_flags[@]+"${mpirun_flags[@]}"} \
+    env "${environment[@]}" "$python" "$root/pretrain_tape.py" "${flags[@]}" "$@" || status=$?
+# Where a signal has killed a rank, MPICH returns its number alone. No rank ends with one of these itself.
+if [ "$status" -gt 4 ] && [ "$status" -le 64 ]; then status=$((128 + status)); fi
+exit "$status"

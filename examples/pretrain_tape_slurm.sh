@@ -82,13 +82,7 @@ if [ -n "${SLURM_JOB_NODELIST-}" ]; then check_machines; fi
 pointer=$checkpoint_path/latest_checkpointed_iteration.txt
 saved() { if [ -e "$pointer" ]; then cat "$pointer"; fi; }
 before=$(saved) status=0
-# A task writes its status here if it exits with 2, 3 or 4: srun then kills the others and returns their higher status.
-export EXIT_STATUS_FILE=$checkpoint_path/.ended-${SLURM_JOB_ID-}
-rm -f "$EXIT_STATUS_FILE"
-# On SIGTERM, srun kills its tasks; it passes on SIGUSR1.
-run_until_asked USR1 srun --kill-on-bad-exit=1 "$python" "$root/pretrain_tape.py" "${flags[@]}" "$@" || status=$?
-if [ -s "$EXIT_STATUS_FILE" ]; then status=$(cat "$EXIT_STATUS_FILE"); fi
-rm -f "$EXIT_STATUS_FILE"
+start_ranks srun --kill-on-bad-exit=1 "$python" "$root/pretrain_tape.py" "${flags[@]}" "$@" || status=$?
 why='' remedy="see the messages above, then submit it again"
 if [ -z "$asked" ] || [ "$asked" = USR1 ]; then
     if [ "$status" -eq 1 ] || [ "$status" -gt 128 ]; then

@@ -1,6 +1,6 @@
 # What the pretraining scripts share. Source it: it runs starting.sh, and with it setup.sh. From PRESET, DATA_PATH,
 # CHECKPOINT_PATH and VOCAB_FILE it sets `flags`, the flags of pretrain_tape.py, `checkpoint_path` and
-# `default_processes`, and preprocesses the shipped proteins where they are needed. If --config is among the script's
+# `default_processes`, preprocesses the shipped proteins where they are needed, and defines `start_ranks`. If --config is among the script's
 # arguments, that file replaces the preset, and its name becomes the folder's. No default replaces the data or the
 # folder that the file or the arguments name, and a run that is saved in such a folder resumes from it. A script may
 # first set, besides what starting.sh reads:
@@ -62,3 +62,16 @@ name=${name:-$preset}
 checkpoint_path=${CHECKPOINT_PATH:-${said_save:-$root/runs/${name%.*}${run_suffix-}}}
 flags+=(--save "$checkpoint_path")
 if [ -n "${CHECKPOINT_PATH-}" ] || [[ $all_said != *$'\nload\n'* ]]; then flags+=(--load "$checkpoint_path"); fi
+
+# start_ranks COMMAND…: runs srun or mpiexec until it is asked to stop, and returns its status, or that of a rank that
+# has ended with 2, 3 or 4. For it ends the other ranks, whose status may be higher, and MPICH mixes the bits of all.
+status_file=$checkpoint_path/.ended-$HOSTNAME-$$  # a rank writes its status there
+start_ranks() {
+    local status=0
+    export EXIT_STATUS_FILE=$status_file
+    rm -f "$status_file"
+    run_until_asked USR1 "$@" || status=$?  # on SIGTERM, srun and Open MPI kill the ranks; all pass on SIGUSR1
+    if [ -s "$status_file" ]; then status=$(cat "$status_file"); fi
+    rm -f "$status_file"
+    return "$status"
+}

@@ -31,7 +31,7 @@ share_cores() {
 
 # run_until_asked SIGNAL COMMAND…: runs the command and returns its status. A request to stop (TERM, INT, HUP, USR1)
 # goes to this command alone, as SIGNAL; its name is left in `asked`. If the command dies of SIGNAL, it was not yet
-# listening, and had nothing to save: this counts as success.
+# listening, and had nothing to save: this counts as success. (MPICH's mpiexec returns a signal's number without 128.)
 run_until_asked() {
     local signal=$1 signalled=yes status request
     asked=''
@@ -48,7 +48,7 @@ run_until_asked() {
         signalled='' status=0
         wait $! || status=$?
     done
-    if [ -n "$asked" ] && [ "$status" -eq $((128 + $(kill -l "$signal"))) ]; then status=0; fi
+    if [ -n "$asked" ] && [ $((status % 128)) -eq "$(kill -l "$signal")" ]; then status=0; fi
     return "$status"
 }
 

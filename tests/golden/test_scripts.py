@@ -160,6 +160,20 @@ def test_a_request_to_stop_reaches_the_ranks_that_mpiexec_starts(corpus, tmp_pat
     assert "stopped at iteration" in output
 
 
+@pytest.mark.parametrize(("of_rank", "of_mpiexec", "expected"), [
+    ("", 9, 128 + signal.SIGKILL), ("4", 1 | 4, 4), ("2", 1 | 2, 2), ("", 1, 1)])
+def test_a_failure_has_the_same_exit_status_under_every_mpi(corpus, tmp_path, path_with, python, of_rank, of_mpiexec,
+                                                            expected):
+    mpich = f"""#!/usr/bin/env bash
+        for word; do case $word in EXIT_STATUS_FILE=*) file=${{word#*=}} ;; esac; done
+        mkdir -p "${{file%/*}}"; printf '{of_rank}' >"$file"; exit {of_mpiexec}"""
+    process = start(ROOT / "examples" / "pretrain_tape_mpirun.sh", corpus, tmp_path / "run",
+                    PATH=path_with(mpiexec=mpich), PYTHON=python)
+    output = process.communicate()[0]
+    assert process.returncode == expected, output
+    assert not list((tmp_path / "run").iterdir())
+
+
 @pytest.fixture
 def start_job(corpus, tmp_path, path_with, python):
     """A function that starts the script as SLURM would."""
