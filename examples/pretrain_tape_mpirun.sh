@@ -11,7 +11,7 @@
 #
 #     PROCESSES      total number of processes (default: this machine's GPUs; 2 if it has none, on the CPU over gloo)
 #     MPIRUN_FLAGS   more flags for mpiexec, such as where to run (default: on this machine)
-#     MASTER_ADDR    address of the machine of process 0 (default: this machine)
+#     MASTER_ADDR    address of the machine of process 0 (default: this machine; in a job of SLURM, its first)
 #     MASTER_PORT    a free port there (default: one chosen at random)
 #
 # A request to stop (Ctrl-C, SIGTERM, SIGHUP, SIGUSR1) to this script reaches all processes: they save and exit with

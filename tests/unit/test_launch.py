@@ -87,6 +87,20 @@ def test_rank_0_of_srun_is_on_the_first_host(hosts, first):
     assert place(SRUN | {"SLURM_STEP_NODELIST": hosts})[3] == first
 
 
+@pytest.mark.parametrize("of_mpi", [OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, MPICH | {"MPI_LOCALNRANKS": "2"},
+                                    {"PMI_RANK": "3", "PMI_SIZE": "4"}], ids=["open-mpi", "mpich", "pmi"])
+def test_ranks_of_an_mpi_in_a_slurm_job_meet_on_its_first_host_whether_or_not_they_are_in_a_step(of_mpi):
+    job = {key: SLURM_JOB[key] for key in ("SLURM_JOB_ID", "SLURM_JOB_NODELIST")} | of_mpi
+    daemons = {"SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "node[08-09]"}
+    assert place(job)[3] == place(job | daemons)[3] == "node07"
+    assert launched(job).master_port == launched(job | daemons).master_port
+    assert place(job | {"MASTER_ADDR": "node08"})[3] == "node08"
+
+
+def test_ranks_of_an_mpi_on_one_host_of_a_slurm_job_need_no_name():
+    assert place(SLURM_JOB | OPEN_MPI)[3] == place(SLURM_JOB | MPICH)[3] == "127.0.0.1"
+
+
 def test_runs_of_intel_mpi_on_one_host_meet_at_different_ports():
     assert len({launched(MPICH | {"I_MPI_HYDRA_UUID": uuid}).master_port for uuid in ("e24-8be3", "eb4-149c")}) == 2
 

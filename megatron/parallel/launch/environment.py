@@ -111,8 +111,10 @@ def _meeting_place(launcher: str, environment: Mapping[str, str], size: int) -> 
     address = environment.get("MASTER_ADDR")
     port = _number(environment, "MASTER_PORT") if "MASTER_PORT" in environment else None
     is_on_one_host = environment.get(_RANKS_ON_HOST.get(launcher, "")) == str(size)
+    if launcher != "srun":  # on some hosts an MPI's ranks are in the step of its daemons, on others in none
+        environment = {key: value for key, value in environment.items() if not key.startswith("SLURM_STEP_")}
     nodes = next((key for key in ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST") if key in environment), None)
-    if address is None and launcher == "srun" and nodes is not None:
+    if address is None and launcher != "torchrun" and not is_on_one_host and nodes is not None:
         first = _first_host(environment[nodes], nodes)
         is_on_one_host = first == environment[nodes]
         address = None if is_on_one_host else first
