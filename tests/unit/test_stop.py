@@ -5,8 +5,9 @@ import signal
 
 import pytest
 
+from megatron.parallel.launch.leaving import leave
 from megatron.parallel.mesh import Mesh
-from megatron.train.signals import REQUESTS_TO_STOP
+from megatron.train.signals import REQUESTS_TO_STOP, leave_when_asked
 from megatron.train.stop import StopRequests, interruption
 
 
@@ -19,6 +20,25 @@ def test_a_signal_is_a_request(number):
     assert requests.wants_stop()
     assert requests.agreed(Mesh())
     assert signal.getsignal(number) == before
+
+
+@pytest.mark.parametrize(("failed", "said"), [(True, ""), (False, "stopped: there is nothing to save\n")])
+def test_a_rank_that_its_launcher_ends_because_another_has_failed_says_nothing(tmp_path, monkeypatch, capfd, failed,
+                                                                             said):
+    monkeypatch.setattr("os._exit", lambda status: None)
+    monkeypatch.setenv("EXIT_STATUS_FILE", str(tmp_path / "status"))
+    if failed:
+        monkeypatch.setattr("atexit._run_exitfuncs", lambda: None)
+        monkeypatch.setattr("megatron.parallel.launch.leaving.is_alone", lambda: False)
+        leave(2)
+    before = {number: signal.getsignal(number) for number in REQUESTS_TO_STOP}
+    try:
+        leave_when_asked()
+        signal.raise_signal(signal.SIGTERM)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert capfd.readouterr().out == said
 
 
 def test_a_signal_that_a_library_has_taken_is_a_request_again_from_the_next_step_on():
