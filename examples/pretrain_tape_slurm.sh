@@ -20,10 +20,11 @@
 # names the machines that cannot run the program or do not answer.
 #
 # Five minutes before the time limit, the tasks save and stop, and the job is queued again under its number and resumes,
-# as often as it takes. A job in which a task or a machine has failed is queued again too. A job that has saved nothing
-# since it started is not queued again: it says so, and exits with a status other than 0. Nor is one that exits with
-# status 2, 3 or 4 (docs/runs.md). To stop a job for good, with a save: scancel --signal=TERM JOB. A plain scancel asks
-# it to stop as well, but kills it after KillWait, usually 30 seconds.
+# as often as it takes. (With a --time below five minutes, SLURM asks at once: give --signal=B:USR1@60 too.) A job in
+# which a task or a machine has failed is queued again too. A job that has saved nothing since it started is not queued
+# again: it says so, and exits with a status other than 0. Nor is one that exits with status 2, 3 or 4 (docs/runs.md).
+# To stop a job for good, with a save: scancel --signal=TERM JOB. A plain scancel asks it to stop as well, but kills it
+# after KillWait, usually 30 seconds.
 #
 #     MASTER_ADDR, MASTER_PORT   where the tasks meet (default: the first machine; a port derived from the job's number)
 #
@@ -47,9 +48,14 @@ not_queued() {
     echo "error: $1: job ${SLURM_JOB_ID-} is not queued again, as it has saved nothing since it started; $2" >&2
 }
 
-time_is_up="the time is up" more_time="allow more --time, then submit it again"
+# time_was_short: says that this job was asked to stop before it had saved anything, and is not queued again.
+time_was_short() {
+    not_queued "the time is up, $SECONDS s after the start" \
+        "allow more --time, or give a later --signal=B:USR1@60, then submit it again"
+}
+
 # shellcheck disable=SC2034  # starting.sh reads it
-asked_early="not_queued '$time_is_up' '$more_time'; exit 1"
+asked_early="time_was_short; exit 1"
 numbers=(MASTER_PORT:1:65535 SLURM_NTASKS_PER_NODE:1:9999)
 source "${examples:-$(dirname "${BASH_SOURCE[0]}")}/pretraining.sh"
 share_cores "${SLURM_NTASKS_PER_NODE:-1}"
@@ -83,19 +89,21 @@ pointer=$checkpoint_path/latest_checkpointed_iteration.txt
 saved() { if [ -e "$pointer" ]; then cat "$pointer"; fi; }
 before=$(saved) status=0
 start_ranks srun --kill-on-bad-exit=1 "$python" "$root/pretrain_tape.py" "${flags[@]}" "$@" || status=$?
-why='' remedy="see the messages above, then submit it again"
+why=''
 if [ -z "$asked" ] || [ "$asked" = USR1 ]; then
     if [ "$status" -eq 1 ] || [ "$status" -gt 128 ]; then
         why="a task has failed"
     elif [ -n "$asked" ] && [ "$status" -eq 0 ]; then
-        why=$time_is_up remedy=$more_time
+        why="the time is up"
     fi
 fi
 if [ -n "$why" ] && [ "$(saved)" != "$before" ]; then
     echo "$why: job $SLURM_JOB_ID is queued again, and resumes from its last checkpoint"
     scontrol requeue "$SLURM_JOB_ID"
+elif [ -n "$why" ] && [ "$status" -eq 0 ]; then
+    time_was_short
+    status=1  # else jobs that depend on this one would start
 elif [ -n "$why" ]; then
-    not_queued "$why" "$remedy"
-    if [ "$status" -eq 0 ]; then status=1; fi  # else jobs that depend on this one would start
+    not_queued "$why" "see the messages above, then submit it again"
 fi
 exit "$status"

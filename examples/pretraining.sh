@@ -1,9 +1,9 @@
 # What the pretraining scripts share. Source it: it runs starting.sh, and with it setup.sh. From PRESET, DATA_PATH,
 # CHECKPOINT_PATH and VOCAB_FILE it sets `flags`, the flags of pretrain_tape.py, `checkpoint_path` and
-# `default_processes`, preprocesses the shipped proteins where they are needed, and defines `start_ranks`. If --config is among the script's
-# arguments, that file replaces the preset, and its name becomes the folder's. No default replaces the data or the
-# folder that the file or the arguments name, and a run that is saved in such a folder resumes from it. A script may
-# first set, besides what starting.sh reads:
+# `default_processes`, preprocesses the shipped proteins where they are needed, and defines `start_ranks`. If --config
+# is among the script's arguments, that file replaces the preset, and its name becomes the folder's. No default replaces
+# the data or the folder that the file or the arguments name, and a run that is saved in such a folder resumes from it.
+# A script may first set, besides what starting.sh reads:
 #
 #     run_suffix    what follows the preset's name in the name of the checkpoints' folder
 # shellcheck shell=bash disable=SC2034,SC2154  # setup.sh sets variables; the sourcing script reads them

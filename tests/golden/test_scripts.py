@@ -231,8 +231,9 @@ def test_a_job_whose_time_is_up_before_it_has_saved_fails_and_says_that_it_is_no
     process = start_job(**environment)
     output = asked_when_started(process, tmp_path)
     assert process.returncode == 1, output
-    assert output.endswith("error: the time is up: job 17 is not queued again, as it has saved nothing since it "
-                           "started; allow more --time, then submit it again\n")
+    assert re.search(r"error: the time is up, \d+ s after the start: job 17 is not queued again, as it has saved "
+                     r"nothing since it started; allow more --time, or give a later --signal=B:USR1@60, then submit it "
+                     r"again\n$", output)
     assert queued_again(tmp_path) == []
 
 
