@@ -21,6 +21,7 @@ from megatron.checkpoint.metrics import loss_name  # noqa: E402
 from megatron.config.command_line import OneLineParser  # noqa: E402
 from megatron.errors import ConfigError  # noqa: E402
 from megatron.log import Log, exit_status  # noqa: E402
+from megatron.parallel.launch.environment import launched  # noqa: E402
 from megatron.study.curves import unlike  # noqa: E402
 from megatron.study.one_precision import with_one_precision  # noqa: E402
 from megatron.study.outcome import as_table, edges, outcomes  # noqa: E402
@@ -59,6 +60,12 @@ def main(argv: Sequence[str]) -> int:
 
 def sweep(given: argparse.Namespace, base: tuple[str, ...]) -> int:
     """Run what is left of a sweep and say what came out; the exit status. Raises a UserError."""
+    launch = launched()
+    if launch.size > 1 and not launch.speaks():
+        return ConfigError.exit_status
+    if launch.size > 1:
+        raise ConfigError(f"a sweep is one process, and {launch.launcher} started {launch.size}; start one: "
+                          "srun --ntasks=1")
     if not given.vary:
         raise ConfigError("--vary is missing; give a flag and its values, such as --vary lr 3e-4 1e-3 3e-3")
     for name in ("trials", "jobs"):

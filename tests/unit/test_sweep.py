@@ -273,6 +273,15 @@ def test_a_loss_of_a_part_without_proteins_is_refused_before_a_trial(sweep, metr
                           "--metric\n")
 
 
+@pytest.mark.parametrize(("rank", "said"), [
+    ("0", "error: a sweep is one process, and srun started 2; start one: srun --ntasks=1\n"), ("1", "")])
+def test_tasks_that_would_sweep_side_by_side_are_refused_at_once_in_one_line(sweep, monkeypatch, rank, said):
+    for name, value in (("PROCID", rank), ("LOCALID", rank), ("STEP_NUM_TASKS", "2"), ("STEP_NODELIST", "node[1-2]")):
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    assert sweep("--vary", "lr", "1") == (2, [], said)
+    assert not Path("out").exists()
+
+
 def test_the_folder_of_something_else_is_refused(sweep):
     Path("out").mkdir()
     Path("out/notes.txt").touch()
