@@ -105,28 +105,29 @@ def test_nltk_is_imported_only_inside_a_function() -> None:
     assert [str(file) for file in sources() if "nltk" in imports_at_start((ROOT / file).read_text())] == []
 
 
-def test_no_door_imports_at_start_what_takes_long_and_only_some_runs_need() -> None:
-    """torch._dynamo takes as long as torch itself, torch.distributed.checkpoint two thirds of that, matplotlib a
-    quarter."""
-    doors = [module_name(file) for file in sources() if file.parent in (Path(), Path("tools"))]
-    slow = ("torch._dynamo", "torch.distributed.checkpoint", "matplotlib", "transformers")
-    assert len(doors) > 10 and imported_by(doors, "torch", *slow) == {"torch"}
-
-
-def test_only_what_plans_a_layout_imports_at_start_what_shares_tensors_out() -> None:
-    """torch.distributed.tensor brings sympy along."""
+@pytest.fixture(scope="module")
+def loaded() -> list[set[str]]:
+    """What a process has loaded that has imported every door but the planner of layouts, and then what it has with it.
+    """
     doors = [module_name(file) for file in sources() if file.parent in (Path(), Path("tools"))]
     doors.remove("tools.plan_layout")
-    assert len(doors) > 10 and imported_by(doors, "torch", "torch.distributed.tensor") == {"torch"}
+    assert len(doors) > 10
+    code = ("import importlib, sys\nfor door in sys.argv[1:]: importlib.import_module(door)\nprint(*sys.modules)\n"
+            "import tools.plan_layout\nprint(*sys.modules)")
+    done = subprocess.run([sys.executable, "-c", code, *doors], cwd=ROOT, capture_output=True, text=True, check=True)
+    return [{*line.split()} for line in done.stdout.splitlines()]
 
 
-def imported_by(doors: list[str], *modules: str) -> set[str]:
-    """Those of the modules that the doors import at their start."""
-    code = ("import importlib, sys\nfor door in sys.argv[1].split(): importlib.import_module(door)\n"
-            "print(*{*sys.argv[2:]} & sys.modules.keys())")
-    done = subprocess.run([sys.executable, "-c", code, " ".join(doors), *modules], cwd=ROOT, capture_output=True,
-                          text=True, check=True)
-    return {*done.stdout.split()}
+def test_no_door_imports_at_start_what_takes_long_and_only_some_runs_need(loaded: list[set[str]]) -> None:
+    """torch._dynamo takes as long as torch itself, torch.distributed.checkpoint two thirds of that, matplotlib a
+    quarter."""
+    slow = {"torch._dynamo", "torch.distributed.checkpoint", "matplotlib", "transformers"}
+    assert "torch" in loaded[1] and loaded[1] & slow == set()
+
+
+def test_only_what_plans_a_layout_imports_at_start_what_shares_tensors_out(loaded: list[set[str]]) -> None:
+    """torch.distributed.tensor brings sympy along."""
+    assert "torch" in loaded[0] and "torch.distributed.tensor" not in loaded[0]
 
 
 @pytest.mark.parametrize(("module", "source"), [
