@@ -8,7 +8,7 @@ from pretrain_tape import main
 from tests.golden.training import TINY, losses, run_on_ranks
 from tests.tables import tried
 
-STEPS = 30
+STEPS = 20
 FLAGS = [*TINY, "--global-batch-size", "4", "--train-iters", str(STEPS), "--eval-interval", "100", "--bf16"]
 FP8 = {scaling: ["--fp8", "hybrid", "--fp8-recipe", scaling]
        for scaling in ("tensorwise", "rowwise", "mxfp8", "delayed")}
@@ -49,7 +49,7 @@ def off_by(ours, expected):
 
 @pytest.mark.parametrize("scaling", FP8)
 def test_the_curve_in_fp8_is_that_in_bf16_within_a_thousandth_and_not_the_same(runs, scaling):
-    assert len(runs[scaling]) == STEPS and runs[scaling][STEPS] < runs[scaling][1] - 1
+    assert len(runs[scaling]) == STEPS and runs[scaling][STEPS] < runs[scaling][1] - 0.75
     assert 1e-6 < off_by(runs[scaling], runs["bf16"]) < 1e-3
 
 
@@ -73,8 +73,8 @@ LAYOUTS = {
      ("delayed", "pp2-zero-bubble")]))
 def test_any_layout_has_the_curve_of_one_rank_within_the_roundings_of_bf16(runs, corpus, tmp_path, scaling, layout):
     """1e-5 is asked of fp32; in bf16 layouts differ by some 1e-4, and here by twice as much at the most."""
-    ours = train(corpus, tmp_path, *FP8[scaling], *LAYOUTS[layout], "--exit-interval", "15", ranks=2)
-    assert list(ours) == list(range(1, 16))
+    ours = train(corpus, tmp_path, *FP8[scaling], *LAYOUTS[layout], "--exit-interval", "8", ranks=2)
+    assert list(ours) == list(range(1, 9))
     assert off_by(ours, {step: runs[scaling][step] for step in ours}) < 5e-4
 
 

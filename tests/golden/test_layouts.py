@@ -49,8 +49,8 @@ LAYOUTS = {
 }
 
 
-EACH_TIME = {"dp2-overlapped", "dp2-parameters", "tp2-sequence", "pp2-uneven", "dp4-parameters-within-2",
-             "tp2-pp2-zero-bubble", "dp2-tp2-sequence-optimizer", "cp2-pp2-interleaved"}
+EACH_TIME = {"pp2-uneven", "dp4-parameters-within-2", "tp2-pp2-zero-bubble", "dp2-tp2-sequence-optimizer",
+             "cp2-pp2-interleaved"}
 
 
 def train(corpus, folder, ranks, *flags, num_steps=4):
@@ -152,9 +152,9 @@ def test_a_run_goes_on_in_any_layout(corpus, tmp_path, one_folder):
     assert_same_checkpoint(folder, one_folder)
 
 
-@pytest.mark.parametrize("flags", [TP2, PP2, CP2], ids=["tp2", "pp2", "cp2"])
-def test_ranks_agree_on_the_step_after_which_time_is_up(corpus, tmp_path, flags):
-    curve = train(corpus, tmp_path, 2, *flags, "--exit-duration-in-mins", "0.05", num_steps=10**6)["loss"]
+@pytest.mark.parametrize("layout", tried(["tp2", "pp2", "cp2"], ["pp2"]))
+def test_ranks_agree_on_the_step_after_which_time_is_up(corpus, tmp_path, layout):
+    curve = train(corpus, tmp_path, 2, *LAYOUTS[layout][1], "--exit-duration-in-mins", "0.05", num_steps=10**6)["loss"]
     assert int((tmp_path / "latest_checkpointed_iteration.txt").read_text()) == len(curve) < 10**6
 
 

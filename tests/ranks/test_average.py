@@ -26,13 +26,14 @@ LAYOUTS = {
     "tensor": ParallelConfig(tensor_model_parallel_size=2), "pipeline": ParallelConfig(pipeline_model_parallel_size=2),
     **{name: ParallelConfig(data_parallel_sharding=name) for name in ("optimizer", "gradients", "parameters")}}
 DECAY, NUM_STEPS = 0.25, 4
+ROWS = [row(lengths, number) for number, lengths in enumerate(PROTEINS[:4])]
 # A denominator that no rounding of a gradient is large beside.
 OPTIMIZER = OptimizerConfig(ema=DECAY, weight_decay=0.5, cautious_weight_decay=True, adam_eps=1e-2, clip_grad=0.0)
 
 
 def made(mesh, parallel):
     config = Config(model=PROTEINLM, data=DataConfig(seq_length=SEQ_LENGTH), parallel=parallel, optimizer=OPTIMIZER,
-                    training=TrainingConfig(micro_batch_size=1, global_batch_size=len(PROTEINS)))
+                    training=TrainingConfig(micro_batch_size=1, global_batch_size=len(ROWS)))
     return build_engine(config, mesh, VOCABULARY)
 
 
@@ -48,7 +49,7 @@ def trained(axis, parallel, target):
     """The weights before and after each step, and the average of the last; losses of each, own first and last."""
     mesh = with_writers(build_mesh(parallel, CPU, TIMEOUT), TIMEOUT) if axis is not None else Mesh()
     engine = made(mesh, parallel)
-    batches = micro_batches(engine, [row(lengths, number) for number, lengths in enumerate(PROTEINS)])
+    batches = micro_batches(engine, ROWS)
     step, parameters = TrainStep(engine, Meters(mesh.world, CPU)), engine.model.parameters
     weights, losses = [wholes(parameters, parameters)], []
     for number in range(NUM_STEPS):
