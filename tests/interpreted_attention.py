@@ -74,7 +74,7 @@ CASES = {
     "a width of 40": Case(width=40),
     "a width of 72": Case(width=72),
     "a width of 256": Case((20, 12), width=256),
-    "groups of three queries": Case(groups=2, queries=3),
+    "groups of three queries": Case((20, 1, 9), filler=5, groups=2, queries=3),
     "fp16": Case(dtype=torch.float16, width=32),
     "proteins of one token": Case((1,) * 40),
     "no filler": Case(filler=0),
