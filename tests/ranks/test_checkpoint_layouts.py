@@ -3,6 +3,7 @@
 import itertools
 import math
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -39,20 +40,20 @@ MORE_READERS = {
 }
 
 PAIRS = [*itertools.product(WRITERS, READERS), *itertools.product(["parameters"], MORE_READERS)]
+ROWS = [row(lengths, number) for number, lengths in enumerate(PROTEINS[:2])]
 EACH_TIME = [*zip(WRITERS, READERS, strict=True), ("parameters", "shares")]
 
 
 def pass_on(axis, parallel, source, target):
     """What a run in one layout does: load, or else take a step, and save."""
     mesh = with_writers(build_mesh(parallel, CPU, TIMEOUT), TIMEOUT) if axis is not None else Mesh()
-    training = TrainingConfig(micro_batch_size=1, global_batch_size=len(PROTEINS))
+    training = TrainingConfig(micro_batch_size=1, global_batch_size=len(ROWS))
     config = Config(model=ODD, data=DataConfig(seq_length=SEQ_LENGTH), parallel=parallel, training=training,
                     optimizer=OptimizerConfig())
     checkpoint = None if source is None else find(source, mesh.world, Log(is_speaker=False))
     if checkpoint is None:
         engine = build_engine(config, mesh, VOCABULARY - 1)
-        rows = [row(lengths, number) for number, lengths in enumerate(PROTEINS)]
-        TrainStep(engine, Meters(mesh.world, CPU))(micro_batches(engine, rows), 1e-3)
+        TrainStep(engine, Meters(mesh.world, CPU))(micro_batches(engine, ROWS), 1e-3)
     else:
         engine = build_engine(config, mesh, VOCABULARY - 1,
                               lambda parameters: load_model(parameters, checkpoint, checkpoint.model.keys()))
@@ -75,11 +76,20 @@ def assert_equal(found, expected):
 
 
 @pytest.fixture(scope="module")
-def written(request, tmp_path_factory):
-    """What dp2 x tp2 has saved, in one of the ways to share out."""
-    folder = tmp_path_factory.mktemp("written")
-    run_ranks(pass_on, 4, WRITERS[request.param], None, str(folder))
-    return folder, WRITERS[request.param], content(folder)
+def write(tmp_path_factory):
+    """A function that has dp2 x tp2 save in one of the ways to share out, once: the folder, the layout, the content."""
+    @cache
+    def once(name):
+        folder = tmp_path_factory.mktemp("written")
+        run_ranks(pass_on, 4, WRITERS[name], None, str(folder))
+        return folder, WRITERS[name], content(folder)
+
+    return once
+
+
+@pytest.fixture
+def written(request, write):
+    return write(request.param)
 
 
 @pytest.mark.parametrize(("written", "name"), tried(PAIRS, EACH_TIME), indirect=["written"])
