@@ -4,8 +4,9 @@ Loading torch takes most of the time of a command on a tiny model. Here one serv
 command runs in a fork of the server. Nothing of the project is loaded beforehand: a command imports that from where it
 runs. It has its own arguments, environment, working directory, open files, signals and exit status, and it starts other
 commands (`sys.executable`) in the same way. It is killed when the process that the test started is killed; SIGSTOP does
-not reach it. Only the project's scripts, benchmarks and launchers, except preprocessing, and `-c "…import torch; …"`,
-by which the example scripts count GPUs, run like this; any other command line runs in the ordinary Python.
+not reach it. Its pictures are not drawn (`begin_png`) unless its environment has DRAWS. Only the project's scripts,
+benchmarks and launchers, except preprocessing, and `-c "…import torch; …"`, by which the example scripts count GPUs,
+run like this; any other command line runs in the ordinary Python.
 """
 
 import gc
@@ -20,11 +21,14 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 # Everything slow to load that the program, its optimizers and collectives import sooner or later.
 PRELOADED = ("torch", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.run", "torch.utils.tensorboard",
              "matplotlib.figure")
+PNG = b"\x89PNG\r\n\x1a\n"  # the first bytes of every PNG
 # The script called `python`: decides which command lines run in a fork of the server.
 STAND_IN = """#!/bin/sh
 [ "$1" != -u ] || shift
@@ -50,6 +54,17 @@ def warm_python(folder: Path) -> Iterator[None]:
         assert server.stdout and server.stdout.readline() == b"ready\n"
         yield
         server.terminate()
+
+
+def begin_png(_: Any, file: BytesIO | Path, **options: Any) -> None:
+    """Stands for matplotlib's Figure.savefig: draws nothing, and writes a PNG's first bytes.
+
+    Drawing takes two thirds of the time of a run of a few steps.
+    """
+    if isinstance(file, BytesIO):
+        file.write(PNG)
+    else:
+        file.write_bytes(PNG)
 
 
 def ask(place: str, *command: str) -> int:
@@ -121,7 +136,10 @@ def _kill_if_left(connection: socket.socket, process: int) -> None:
 def _run(executable: str, *arguments: str) -> None:
     """Run a script, or with -m a module, or with -c a program, in this process, as `executable` would."""
     import torch
+    from matplotlib.figure import Figure
 
+    if "DRAWS" not in os.environ:
+        Figure.savefig = begin_png  # type: ignore[method-assign, assignment]
     sys.executable = executable
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
     if arguments[0] == "-m":

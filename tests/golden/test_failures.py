@@ -110,7 +110,7 @@ def test_a_killed_rank_ends_the_job_with_one_line(start_ranks, corpus, tmp_path)
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_a_second_ctrl_c_says_in_one_line_what_is_lost(start, start_ranks, python, corpus, tmp_path, num_ranks):
-    program, folder = tmp_path / "program.py", tmp_path / "run"
+    program, folder = tmp_path / "deaf_pretrain_tape.py", tmp_path / "run"
     program.write_text(DEAF)
     process = start_ranks(OURS, corpus, folder, *ENDLESS, program=program) if num_ranks > 1 else start(
         [python, program], *ENDLESS, "--data-path", corpus, "--save", folder)

@@ -10,7 +10,8 @@ import pytest
 
 from megatron.train.step.meters import Meters
 from pretrain_tape import main
-from tests.golden.training import DROPOUT, PNG, TINY, losses, start_program
+from tests.golden.training import DROPOUT, TINY, losses, start_program
+from tests.warm_python import PNG
 
 CURVE = Path(__file__).with_name("curve.json")
 

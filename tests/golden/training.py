@@ -1,7 +1,6 @@
 """Shared by the golden tests: a tiny model, a small corpus, and functions that run the program on them."""
 
 import gzip
-import io
 import json
 import os
 import random
@@ -23,6 +22,7 @@ from megatron.data.corpus.vocab import Vocab
 from pretrain_tape import main
 from tests.indexed_files import write_indexed
 from tests.ranks.launch import on_processes
+from tests.warm_python import begin_png
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ("--num-layers 2 --hidden-size 32 --num-attention-heads 2 --seq-length 256 --micro-batch-size 2 "
@@ -31,7 +31,6 @@ TINY = ("--num-layers 2 --hidden-size 32 --num-attention-heads 2 --seq-length 25
         "--save-interval 100 --log-interval 1 --num-workers 0 --peak-tflops 1").split()
 DROPOUT = "--attention-dropout 0.1 --hidden-dropout 0.1".split()
 SHORT = [*TINY, "--num-layers", "1", "--eval-interval", "100", "--log-interval", "2"]
-PNG = b"\x89PNG\r\n\x1a\n"  # the first bytes of every PNG
 
 
 def write_corpus(folder: Path, num_proteins: int = 300) -> str:
@@ -128,22 +127,12 @@ def weights(folder, iteration):
 
 @contextmanager
 def undrawn() -> Iterator[Any]:
-    """Within this context matplotlib draws nothing and writes a PNG's first bytes; gives the method that does draw.
-
-    Drawing takes two thirds of the time of a run of a few steps.
-    """
+    """Within this context `begin_png` stands for the method of matplotlib that draws; gives that method."""
     from matplotlib.figure import Figure
 
     draw = Figure.savefig
-    with patch.object(Figure, "savefig", _begin_png):
+    with patch.object(Figure, "savefig", begin_png):
         yield draw
-
-
-def _begin_png(_: Any, file: io.BytesIO | Path, **options: Any) -> None:
-    if isinstance(file, io.BytesIO):
-        file.write(PNG)
-    else:
-        file.write_bytes(PNG)
 
 
 def edit_state(place: Path, **values: object) -> None:
