@@ -39,7 +39,7 @@ def test_ranks_with_different_flags_do_not_train(run_each, corpus):
 
 
 def test_a_mistake_in_the_flags_of_one_rank_is_told_by_it_and_one_of_all_ranks_once(run_each, corpus):
-    flags = ["--data-path", corpus, "--distributed-timeout-minutes", "0.05"]
+    flags = ["--data-path", corpus, "--distributed-timeout-minutes", "0.1"]
     statuses, errors = run_each(flags, [*flags, "--lr", "high"])
     assert statuses == [1, 2] and len(errors) == 2  # the other is rank 0's, which lost its peer
     assert any("--lr" in error and error.endswith(f"(rank 1 on {HOST})") for error in errors)
