@@ -181,8 +181,14 @@ def refusal(error: OSError) -> str:
     if error.filename is None:
         return str(error)
     if error.errno in NO_ROOM:
-        return f"{error.filename}: cannot be written ({error.strerror}); make room, and run the same command again"
+        return (f"{error.filename}: cannot be written ({error.strerror}); {making_room(error)}, and run the same "
+                "command again")
     return f"{error.filename}: cannot be used ({error.strerror}); give another path, or make this one usable"
+
+
+def making_room(error: OSError) -> str:
+    """What lets the system take more of what it refused to write."""
+    return "raise the limit on the size of files (ulimit -f)" if error.errno == EFBIG else "make room"
 
 
 def sha256(path: str | Path) -> str:

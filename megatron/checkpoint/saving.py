@@ -30,7 +30,7 @@ from megatron.checkpoint.store import (
 from megatron.checkpoint.tensor_file import FileFacts, facts_of_file
 from megatron.config import CheckpointConfig
 from megatron.errors import CheckpointError, SaveError
-from megatron.files import left_over, write_json
+from megatron.files import left_over, making_room, write_json
 from megatron.log import Log
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.placement import Part, part_of_state, placement_of
@@ -168,13 +168,13 @@ class Saver:
         needed = self._writers.size * sum(part.tensor.numel() * part.tensor.element_size() for part in parts.values())
         refused = f"could not save {place}: {error.strerror or error}; it takes {needed / 1e6:,.1f} MB"
         if error.errno == errno.EFBIG:
-            return SaveError(f"{refused}. {kept}; raise the limit on the size of files (ulimit -f)")
+            return SaveError(f"{refused}. {kept}; {making_room(error)}")
         try:
             room = f"{shutil.disk_usage(self._root).free / 1e6:,.1f} MB are free in {self._root}"
         except OSError as unknown:
             room = f"what is free in {self._root} cannot be asked ({unknown.strerror})"
         older = "" if is_first else "as by moving older iter_ folders away, "
-        return SaveError(f"{refused}, and {room}. {kept}; make room, {older}or give another --save")
+        return SaveError(f"{refused}, and {room}. {kept}; {making_room(error)}, {older}or give another --save")
 
     def _settle(self, write: Callable[[], int]) -> None:
         """Call `write`, which returns the iteration that it wrote, and report it; its errors are raised."""

@@ -194,8 +194,8 @@ def test_a_full_disk_is_one_line_and_what_is_computed_stays(bytes_there, pretrai
     files, output = resource.getrlimit(resource.RLIMIT_FSIZE), tmp_path / "out.npz"
     resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_there, files[1]))
     try:
-        with pytest.raises(OutputError, match=r"cannot be written \(File too large\); make room, and the same command "
-                           f"goes on with what is in {output}.parts$"):
+        with pytest.raises(OutputError, match=r"cannot be written \(File too large\); raise the limit .*, and the same "
+                           f"command goes on with what is in {output}.parts$"):
             made(pretrained, fasta, output)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, files)

@@ -5,7 +5,7 @@ import socket
 import threading
 from contextlib import closing
 from datetime import timedelta
-from errno import EACCES, ENOENT, ENOSPC
+from errno import EACCES, EFBIG, ENOENT, ENOSPC
 
 import pytest
 import torch
@@ -353,6 +353,8 @@ def test_what_a_program_may_not_read_at_its_start_is_one_line(capsys):
 
 @pytest.mark.parametrize(("number", "said"), [
     (ENOSPC, "my/file: cannot be written (No space left on device); make room, and run the same command again"),
+    (EFBIG, "my/file: cannot be written (File too large); raise the limit on the size of files (ulimit -f), and run "
+            "the same command again"),
     (EACCES, "my/file: cannot be used (Permission denied); give another path, or make this one usable")])
 def test_a_file_that_the_system_refuses_is_one_line_that_says_what_to_do(capsys, number, said):
     def work(*arguments):

@@ -99,7 +99,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, at_the_end):
     files = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000 if at_the_end else 10_000, files[1]))
     try:
-        with pytest.raises(DataError, match=r"out.*: cannot write the output \(File too large\); make room, or choose"):
+        with pytest.raises(DataError, match=r"out.*: cannot write the output \(File too large\); raise the limit"):
             run(tmp_path, tmp_path / "in.json")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, files)

@@ -18,7 +18,7 @@ from megatron.data.preprocess.progress import reading_progress
 from megatron.data.preprocess.run import VERSION, facts_of_files
 from megatron.data.preprocess.tally import DocumentTally, describe
 from megatron.errors import ConfigError, DataError
-from megatron.files import sha256
+from megatron.files import making_room, sha256
 from megatron.log import number_of
 
 _CHUNK_ITEMS = 1 << 22
@@ -76,7 +76,7 @@ def merge(inputs: Sequence[str], output_prefix: str, overwrite: bool = False) ->
         stats = _join(parts, output_prefix)
     except OSError as error:
         raise DataError(f"{error.filename or output_prefix}: cannot be read or written "
-                        f"({error.strerror or error}); make room, or give another --output-prefix") from None
+                        f"({error.strerror or error}); {making_room(error)}, or give another --output-prefix") from None
     num_proteins = sum(part.num_documents for part in parts)
     print(f"{number_of(len(parts), 'dataset')}, {number_of(num_proteins, 'protein')}: " + ", ".join(
         f"{output_prefix}.{path.suffix[1:]}" for path in parts[0].paths))

@@ -30,7 +30,7 @@ from megatron.data.sources.block import DEFAULT_NAME_KEY, RecordBlock
 from megatron.data.sources.source import Source, expand
 from megatron.data.sources.streams import BLOCK_BYTES
 from megatron.errors import DataError
-from megatron.files import leaving_no_empty, sha256, write_json
+from megatron.files import leaving_no_empty, making_room, sha256, write_json
 
 VERSION = 1
 _DIGESTS_FILE = "digests"
@@ -44,8 +44,9 @@ def preprocess(config: PreprocessConfig) -> dict[str, Any]:
             report = run.process()
         except OSError as error:  # of the output: readers raise DataError
             run.leave()
-            raise DataError(f"{error.filename or config.output_prefix}: cannot write the output "
-                            f"({error.strerror or error}); make room, or choose another --output-prefix") from None
+            what = f"cannot write the output ({error.strerror or error})"
+            raise DataError(f"{error.filename or config.output_prefix}: {what}; {making_room(error)}, or choose "
+                            "another --output-prefix") from None
         except BaseException:
             run.leave()
             raise

@@ -55,8 +55,8 @@ def keeping(path: Path) -> Iterator[BinaryIO]:
     except OSError as error:
         if not has_begun:
             yield BytesIO()
-        print(f"note: {path}: cannot be written ({error.strerror}), so each process works it out anew; make room, or "
-              "name another folder with --data-cache-path", file=sys.stderr)
+        print(f"note: {path}: cannot be written ({error.strerror}), so each process works it out anew; "
+              f"{files.making_room(error)}, or name another folder with --data-cache-path", file=sys.stderr)
 
 
 def remove_stale(path: Path) -> None:

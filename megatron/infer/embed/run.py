@@ -14,7 +14,7 @@ import numpy as np
 
 from megatron.checkpoint.contact_head import contact_head_file
 from megatron.errors import ConfigError, OutputError
-from megatron.files import NO_ROOM, write_json
+from megatron.files import NO_ROOM, making_room, write_json
 from megatron.infer.answers import OF_LAYERS, Answer, Asked
 from megatron.infer.embed.parts import Parts, is_of, tells_identity
 from megatron.infer.embed.survey import Survey, first_ones, survey
@@ -169,8 +169,8 @@ def _saying_what_is_kept(output: Path, parts: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in NO_ROOM:
-            raise OutputError(f"{error.filename or parts}: cannot be written ({error.strerror}); make room, and the "
-                              f"same command goes on with what is in {parts}") from None
+            raise OutputError(f"{error.filename or parts}: cannot be written ({error.strerror}); {making_room(error)}, "
+                              f"and the same command goes on with what is in {parts}") from None
         if error.filename is None:
             raise
         raise OutputError(f"{output} cannot be written ({error.filename}: {error.strerror}); give another output, or "
