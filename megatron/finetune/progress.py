@@ -92,7 +92,8 @@ class Unfinished:
         if progress.best_at != progress.iteration:
             load_average(best, trained, checkpoint)
         self._log.line(f"going on from iteration {progress.iteration} in {self._folder}")
-        rows, rows_before = self._config.training.micro_batch_size, checkpoint.state.get("micro_batch_size")
+        rows = self._config.training.micro_batch_size
+        rows_before = checkpoint.state.get("settings", {}).get("micro_batch_size")
         if rows_before not in (None, rows):
             self._log.line(f"note: --micro-batch-size is {rows}, it was {rows_before} before: dropout masks differ")
         return progress, best
@@ -120,7 +121,7 @@ class Unfinished:
             parts_of(self._trained(), engine.optimizer.state(),
                      None if progress.best_at == progress.iteration else best),
             {"iteration": progress.iteration, "progress": progress.state(), "work": self._work,
-             "micro_batch_size": self._config.training.micro_batch_size,
+             "settings": self._config.as_dict(),  # not "config": this is no model to be asked
              "loss_scale": engine.loss_scale.state(), "fp8_amaxes": engine.amaxes.state(), "meters": meters.state()})
 
     def check(self) -> None:

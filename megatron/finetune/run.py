@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from megatron.checkpoint.claim import claimed
 from megatron.checkpoint.contents import content_of
 from megatron.checkpoint.loading import with_padding_of
 from megatron.checkpoint.newest import open_newest
-from megatron.checkpoint.places import METRICS_FILE, digest_of_weights, iterations
+from megatron.checkpoint.places import METRICS_FILE, STATE, digest_of_weights, iterations
+from megatron.checkpoint.store import in_order, read_state
 from megatron.config.lora import LoraConfig
 from megatron.data.corpus.tokenizer import ResidueTokenizer
 from megatron.errors import CheckpointError, ConfigError, DataError
@@ -54,8 +56,7 @@ def run(flags: Flags, mesh: Mesh, log: Log) -> list[list[str]] | None:
     if len(flags.finetune.seeds) > 1 and any((root / name).exists() for name in (TASK_FILE, UNFINISHED)):
         raise ConfigError(f"--save {root} holds a run of one seed, whose report that of all --seeds would replace; "
                           "name a new folder")
-    job, reports = _job(flags, mesh, log, requests), dict[int, Report]()
-    folders = {seed: root if len(flags.finetune.seeds) == 1 else root / f"seed-{seed}" for seed in flags.finetune.seeds}
+    job, reports, folders = _job(flags, mesh, log, requests), dict[int, Report](), _folders(flags)
     with claimed(str(root), mesh, log) as claim, requests.listening():
         job = replace(job, claim=claim)
         done = {seed: all_gather_object(_done(folder, job.identity, seed), mesh.world)[0]
@@ -139,15 +140,35 @@ def _job(flags: Flags, mesh: Mesh, log: Log, requests: StopRequests) -> Job:
     log.line(f"{number_of(len(data.parts['train']), 'protein')} to learn from, labels of the kind {data.space.kind}"
              + (f", {len(data.space.class_names)} classes" if data.space.class_names else ""))
     identity = {**flags.identity(), "data": data.digest(), "weights": digest_of_weights(checkpoint.path)}
-    return Job(_settled(flags, flags_of(checkpoint), mesh, log), identity, data,
+    return Job(_settled(flags, flags_of(checkpoint), _begun(flags, mesh), mesh, log), identity, data,
                described(flags, data, config.data.num_ends), vocab, checkpoint, mesh, log, requests)
 
 
-def _settled(flags: Flags, saved: Mapping[str, Any], mesh: Mesh, log: Log) -> Flags:
-    """The flags with `--precision auto` resolved, after configuring PyTorch as they ask; raises ConfigError."""
+def _begun(flags: Flags, mesh: Mesh) -> Mapping[str, Any] | None:
+    """Pretraining's flags as this run had them so far, with any of its seeds; None where none has saved."""
+    found = None
+    for folder in _folders(flags).values():
+        for place in (folder / UNFINISHED, folder):
+            with suppress(CheckpointError, IndexError):
+                state = read_state(in_order(place)[1][0] / STATE)
+                found = found or state.get("settings") or state.get("config")
+    return all_gather_object(found, mesh.world)[0]
+
+
+def _folders(flags: Flags) -> dict[int, Path]:
+    """The folder of each seed."""
+    root, seeds = Path(flags.others["save"]), flags.finetune.seeds
+    return {seed: root if len(seeds) == 1 else root / f"seed-{seed}" for seed in seeds}
+
+
+def _settled(flags: Flags, saved: Mapping[str, Any], begun: Mapping[str, Any] | None, mesh: Mesh, log: Log) -> Flags:
+    """The flags with `--precision auto` resolved, after configuring PyTorch as they ask; raises ConfigError.
+
+    `saved`: the flags of --load; `begun`: those of this run where it was begun before, whose precision it keeps.
+    """
     config = flags.config(saved, mesh.data.size)
     configure_pytorch(config, mesh)
-    config = with_precision_chosen(config, None, mesh, log)
+    config = with_precision_chosen(config, begun, mesh, log)
     log.line(ways(config, mesh, wants_compilation(config, mesh.device)))
     if "precision" not in flags.others:
         return flags

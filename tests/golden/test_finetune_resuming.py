@@ -12,6 +12,7 @@ import pytest
 from megatron.checkpoint.store import iterations, open_place
 from megatron.finetune import training
 from megatron.finetune.progress import UNFINISHED
+from megatron.train.setup import precision
 from megatron.train.step.train_step import TrainStep
 from tests.golden.test_finetune import MODEL, finetune, refusal, report_of, task
 from tests.unit.test_pretrained import saved
@@ -164,3 +165,14 @@ def test_a_run_that_is_unfinished_predicts_nothing(command, tmp_path, capsys):
     assert command("head", tmp_path / "out", "--exit-interval", 2) == 0
     capsys.readouterr()
     assert "holds no checkpoint, which" in refusal(capsys, "predict", tmp_path / "out", "x.fasta", tmp_path / "x.csv")
+
+
+def test_a_run_keeps_the_precision_that_auto_was_when_it_began(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(precision, "gain_of_bf16", lambda *_: 2.0)
+    assert command("head", tmp_path / "out", "--precision", "auto", "--exit-interval", 2) == 0
+    monkeypatch.setattr(precision, "gain_of_bf16", lambda *_: 0.5)
+    assert command("head", tmp_path / "out", "--precision", "auto") == 0
+    first, second = (line for line in capsys.readouterr().out.splitlines() if line.startswith("precision: "))
+    assert "2.00 times as fast" in first and second == "precision: bf16; as in the run that is resumed"
+    assert command("head", tmp_path / "out", "--precision", "auto") == 0
+    assert "precision: bf16; as in the run that is resumed" in capsys.readouterr().out
