@@ -195,3 +195,8 @@ def test_a_run_that_is_complete_evaluates_again_and_names_no_checkpoint_that_is_
     assert "training is complete at iteration 4" in begun.lines
     assert [line for line in begun.lines if "test loss" in line]
     assert not [line for line in begun.lines if "iter_0000004" in line]
+
+
+def test_one_number_for_the_share_of_masks_is_read_as_the_list_that_the_flag_is(tmp_path):
+    (tmp_path / "state.json").write_text(json.dumps({"config": {"mask_prob": 0.15}}))
+    assert read_state(tmp_path / "state.json") == {"config": {"mask_prob": [0.15]}}

@@ -20,7 +20,7 @@ from megatron.checkpoint.manifest import MANIFEST
 from megatron.checkpoint.places import digest_of_weights, validation_loss
 from megatron.checkpoint.saving import Saver, parts_of
 from megatron.checkpoint.sharded import writers_of
-from megatron.checkpoint.store import LATEST, find, note_validation, read_state, set_aside
+from megatron.checkpoint.store import LATEST, find, note_validation, set_aside
 from megatron.config import CheckpointConfig
 from megatron.errors import CheckpointError
 from megatron.files import begin_folder, write_text
@@ -495,8 +495,3 @@ def test_weights_are_the_same_whatever_lies_beside_them(tmp_path, name):
         assert digest_of_weights(tmp_path) == digest
         (tmp_path / "model.safetensors").write_bytes(content * 2)
         assert digest_of_weights(tmp_path) != digest
-
-
-def test_one_number_for_the_share_of_masks_is_read_as_the_list_that_the_flag_is(tmp_path):
-    (tmp_path / "state.json").write_text(json.dumps({"config": {"mask_prob": 0.15}}))
-    assert read_state(tmp_path / "state.json") == {"config": {"mask_prob": [0.15]}}
