@@ -188,7 +188,7 @@ def _done(folder: Path, identity: Mapping[str, Any], seed: int) -> Report | None
         return None
     report: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     change = f"--seeds were {' '.join(report['seeds'])}" if "seeds" in report else first_change(
-        {**report["flags"], "seed": report["seed"]}, {**identity, "seed": seed})
+        {**report.get("flags", {}), "seed": report.get("seed")}, {**identity, "seed": seed})
     if change is not None:
         raise ConfigError(f"--save {folder} holds the report of another run: {change}; name a new folder")
     return dict(report)

@@ -116,9 +116,10 @@ def test_what_an_earlier_process_took_is_no_time_that_this_rank_computed(monkeyp
     assert found.elapsed_s == 102 and found.ranks == [RankTimes(2.0, 0.0)]
 
 
-def test_totals_of_which_a_checkpoint_says_nothing_are_not_known_later_either():
+@pytest.mark.parametrize("said", [{"totals": None}, {}], ids=["another program's", "before there were any"])
+def test_totals_of_which_a_checkpoint_says_nothing_are_not_known_later_either(said):
     meters = Meters(Axis(), CPU)
-    meters.load_state({"steps": [], "elapsed_s": 1.0, "totals": None})
+    meters.load_state({"steps": [], "elapsed_s": 1.0, **said})
     counted(meters, 1)
     assert meters.totals() is None
     meters.read()

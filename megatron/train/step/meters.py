@@ -153,10 +153,11 @@ class Meters:
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from the state that `state()` returned, in any layout.
 
-        Its totals are None if the run went on from a checkpoint of another program, which says nothing of them.
+        Its totals are None if the run went on from a checkpoint of another program, which says nothing of them, and
+        absent in runs from before there were any.
         """
         self.restart()
-        totals = state["totals"]
+        totals = state.get("totals")
         self._totals = None if totals is None else Totals(**totals)
         for loss, correct, *of_batches, norm, is_taken in state["steps"]:
             if self._world.rank == 0:
