@@ -33,5 +33,6 @@ def initialise(parameters: Mapping[str, nn.Parameter], seed: int) -> None:
     for name, parameter in parameters.items():
         generator = torch.Generator().manual_seed(seed_for(seed, "weight", name))
         placement = placement_of(parameter)
-        whole = declaration_of(parameter).initial.values(placement.whole_shape(parameter), generator)
-        parameter.copy_(placement.cut(whole, parameter))
+        initial, shape = declaration_of(parameter).initial, placement.whole_shape(parameter)
+        # A name for the whole would keep it in memory while the next one is drawn.
+        parameter.copy_(placement.cut(initial.values(shape, generator), parameter))

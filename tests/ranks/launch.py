@@ -51,10 +51,15 @@ def on_processes(function: Callable[..., bytes], number: int, *arguments: Any) -
     deadline_s = time.monotonic() + 4 * TIMEOUT_S
     answers = [worker.answer(deadline_s) for worker in busy]
     if not all(isinstance(answer, bytes) for answer in answers):
-        for worker in workers:
-            worker.process.kill()
-        workers.clear()
+        end_processes()
     return answers
+
+
+def end_processes() -> None:
+    """Let the next call start its processes anew."""
+    for worker in _workers():
+        worker.process.kill()
+    _workers().clear()
 
 
 def warm_processes() -> ForkServerContext:
@@ -106,6 +111,7 @@ def _one_rank(rank: int, num_ranks: int, folder: str, function: Callable[..., An
     """Run `function` as one rank of a gloo group that meets in `folder`; returns its result as torch.save writes it."""
     store = dist.FileStore(f"{folder}/store", num_ranks)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks, timeout=TIMEOUT)
+    dist.barrier()  # a rank that returned at once would end the group before the others had connected to it
     result = io.BytesIO()
     torch.save(function(Axis(rank, num_ranks, dist.group.WORLD), *arguments), result)
     dist.destroy_process_group()
