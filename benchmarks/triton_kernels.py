@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.compiled import Launches, RecordedLaunch, Resources, distinct  # noqa: E402
 from benchmarks.launched import launch_of_map, launches_of_loss  # noqa: E402
 from megatron.config.command_line import parse  # noqa: E402
-from megatron.config.presets import PRESETS  # noqa: E402
+from megatron.config.reading.presets import PRESETS  # noqa: E402
 from megatron.kernels.attention import triton_kernels as attention_kernels  # noqa: E402
 from megatron.kernels.attention.launches import Call, KernelLaunch  # noqa: E402
 from megatron.kernels.newton_schulz.orthogonal import orthogonalised  # noqa: E402

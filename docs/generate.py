@@ -17,9 +17,9 @@ from megatron.checkpoint.convert.formats import FORMATS, WEIGHTS_ALONE
 from megatron.config import Config
 from megatron.config.declaration import can_be_off, flag_name, is_switch, shown
 from megatron.config.lora import LoraConfig
-from megatron.config.presets import PRESETS
 from megatron.config.reading.megatron_flags import ALWAYS_SO, REFUSED
 from megatron.config.reading.parser import value_name
+from megatron.config.reading.presets import PRESETS
 from megatron.config.reading.sources import Sources
 from megatron.config.telling.completion import SHELLS
 from megatron.data.corpus.indexed import DTYPES, MMAP_HEADER_BYTES, MMAP_MAGIC, TNT_HEADER_BYTES, TNT_MAGIC

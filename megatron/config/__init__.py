@@ -6,7 +6,7 @@ all of them. Flags are spelled as in Megatron-LM. A component receives only the 
 Sections: `model`, `data`, `optimizer`, `schedule`, `precision`, `parallel`, `training` (how long, in which batches),
 `guards` (steps that go wrong), `checkpoint`, `logging`; for fine-tuning also `lora`.
 
-Rooms: `presets/` (named sets of flags), `reading/` (flags and files, merged and checked), `telling/` (help, shell
+Rooms: `presets/` (files of flags by name), `reading/` (flags and files, merged and checked), `telling/` (help, shell
 completion, configuration files written).
 """
 

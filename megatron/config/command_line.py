@@ -16,12 +16,12 @@ from typing import Any, NoReturn
 from megatron.config import Config
 from megatron.config.data import VOCABULARIES
 from megatron.config.declaration import flag_name, with_tuples
-from megatron.config.presets import PRESETS
 from megatron.config.reading.checks import check_section, filled, plain
 from megatron.config.reading.files import read_file
 from megatron.config.reading.layers import overlaid
 from megatron.config.reading.megatron_flags import ALWAYS_SO, REFUSED
 from megatron.config.reading.parser import HelpLines, OneLineParser, add_section_flags
+from megatron.config.reading.presets import PRESETS
 from megatron.config.reading.sources import Sources
 from megatron.config.telling.completion import SHELLS, completion
 from megatron.config.telling.help import DESCRIPTION, EXAMPLES, USAGE, short_help

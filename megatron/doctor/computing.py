@@ -12,7 +12,7 @@ import torch
 
 from megatron.config import Config
 from megatron.config.command_line import parse
-from megatron.config.presets import PRESETS
+from megatron.config.reading.presets import PRESETS
 from megatron.doctor.finding import NOTE, OK, WRONG, Finding
 from megatron.doctor.machine import available_memory
 from megatron.log import number_of

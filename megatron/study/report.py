@@ -18,7 +18,7 @@ from megatron.checkpoint.metrics import comparable, evaluations_of, loss_name, r
 from megatron.checkpoint.places import BEST, LOSSES, METRICS_FILE, SPIKES, iterations, validations
 from megatron.config import Config
 from megatron.config.declaration import flag_name, shown
-from megatron.config.presets import PRESETS
+from megatron.config.reading.presets import PRESETS
 from megatron.files import write_text
 from megatron.log import number_of
 from megatron.train.setup.run import Run

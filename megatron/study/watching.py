@@ -11,8 +11,8 @@ from typing import Any
 from megatron.checkpoint.claim import LOCK, is_held
 from megatron.checkpoint.metrics import evaluations_of, read_records
 from megatron.checkpoint.places import BEST, CONFIG_FILE, METRICS_FILE, SPIKES, STATE, iterations, validation_loss
-from megatron.config.presets import PRESETS
 from megatron.config.reading.files import read_file
+from megatron.config.reading.presets import PRESETS
 from megatron.errors import ConfigError
 from megatron.log import in_time
 from megatron.study.table import in_short

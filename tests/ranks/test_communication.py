@@ -10,9 +10,9 @@ from megatron.parallel.mesh import build_mesh
 from megatron.parallel.traffic import TrafficCounter
 from megatron.plan.messages import step_traffic
 from megatron.plan.rank import Rank, padded_vocab_size
-from megatron.train.guards.spikes import SpikeJudge
 from megatron.train.step.engine import build_engine, stream_of
 from megatron.train.step.meters import Meters
+from megatron.train.step.spikes import SpikeJudge
 from megatron.train.step.train_step import TrainStep
 from tests.packed import fused_by_definition
 from tests.ranks.launch import TIMEOUT, run_ranks

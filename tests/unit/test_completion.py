@@ -10,7 +10,7 @@ import pytest
 from megatron.config import Config
 from megatron.config.command_line import parse
 from megatron.config.declaration import flag_name
-from megatron.config.presets import PRESETS
+from megatron.config.reading.presets import PRESETS
 from megatron.config.reading.sources import Sources
 from megatron.config.telling.completion import SHELLS, completion
 

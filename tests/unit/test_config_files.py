@@ -10,9 +10,9 @@ import pytest
 from megatron.config import Config
 from megatron.config.command_line import as_flags, left_open, parse, read
 from megatron.config.declaration import flag_name, is_switch
-from megatron.config.presets import PRESETS
 from megatron.config.reading.checks import plain
 from megatron.config.reading.files import read_file
+from megatron.config.reading.presets import PRESETS
 from megatron.errors import ConfigError
 from pretrain_tape import main
 

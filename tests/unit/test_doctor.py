@@ -14,7 +14,7 @@ import pytest
 import setuptools
 from packaging.requirements import Requirement
 
-from megatron.config.presets import PRESETS
+from megatron.config.reading.presets import PRESETS
 from megatron.doctor import computing, disk, job, machine, run, software
 from megatron.doctor.data import data, sizes
 from megatron.doctor.finding import NOTE, OK, WRONG, Finding, found, lines

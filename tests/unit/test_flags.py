@@ -17,8 +17,8 @@ from megatron.config import (
 )
 from megatron.config.command_line import left_open, parse, resolve
 from megatron.config.declaration import Changes, flag_name
-from megatron.config.presets import PRESETS
 from megatron.config.reading.megatron_flags import ALWAYS_SO, REFUSED
+from megatron.config.reading.presets import PRESETS
 from megatron.config.telling.idle import notes
 from megatron.config.telling.listing import listing, notice
 from megatron.errors import ConfigError

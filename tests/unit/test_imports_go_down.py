@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,18 @@ def test_no_room_of_the_parallel_floor_imports_another() -> None:
              for name in imported_modules(ast.parse((ROOT / file).read_text()), module_name(file))
              for room in rooms - {file.parts[2]} if f"{name}.".startswith(f"megatron.parallel.{room}.")]
     assert {"pipeline", "tensor"} < rooms and wrong == []
+
+
+def test_rooms_that_are_not_inside_each_other_can_be_read_one_after_the_other() -> None:
+    """No circle of imports among folders; those of a folder and of the rooms in it do not count."""
+    files = [file for file in sources() if file.parts[0] == "megatron"]
+    home = {module_name(file): file.parent for file in files}
+    below: dict[Path, set[Path]] = defaultdict(set)
+    for file in files:
+        names = imported_modules(ast.parse((ROOT / file).read_text()), module_name(file), file.name == "__init__.py")
+        below[file.parent] |= {home[name] for name in names if name in home and home[name] != file.parent
+                               and file.parent not in home[name].parents and home[name] not in file.parent.parents}
+    assert len([*TopologicalSorter(below).static_order()]) > 30  # raises CycleError with the circle
 
 
 def test_nltk_is_imported_only_inside_a_function() -> None:

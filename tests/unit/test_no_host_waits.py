@@ -22,9 +22,9 @@ from megatron.data.rows.packed import Row
 from megatron.model.protein_model import ProteinModel, compute_dtype
 from megatron.parallel.data.data_parallel import data_parallel
 from megatron.parallel.mesh import Mesh, build_mesh
-from megatron.train.guards.spikes import SpikeJudge
 from megatron.train.step.engine import build_stages, with_optimizer
 from megatron.train.step.meters import Meters
+from megatron.train.step.spikes import SpikeJudge
 from megatron.train.step.train_step import TrainStep
 from tests.ranks.launch import warm_processes
 from tests.tables import tried

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from megatron.config.command_line import parse
-from megatron.config.presets import PRESETS
+from megatron.config.reading.presets import PRESETS
 from megatron.parallel.layout import check_layout
 from megatron.train.state import BatchSizes
 from tests.programs import find_program

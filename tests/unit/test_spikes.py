@@ -21,8 +21,8 @@ from megatron.data.rows.members import members_of
 from megatron.errors import ConfigError
 from megatron.parallel.mesh import Axis
 from megatron.train.guards.faults import Faults
-from megatron.train.guards.spikes import HISTORY, LEAST, SpikeJudge
 from megatron.train.state import TrainState
+from megatron.train.step.spikes import HISTORY, LEAST, SpikeJudge
 from tests.indexed_files import write_indexed
 
 CPU = torch.device("cpu")

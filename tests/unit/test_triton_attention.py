@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron.config.presets import PRESETS
+from megatron.config.reading.presets import PRESETS
 from megatron.errors import ConfigError
 from megatron.kernels.attention import backends, by_protein
 from megatron.kernels.attention.backends import choose

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from megatron.config.presets import PRESETS
+from megatron.config.reading.presets import PRESETS
 from megatron.kernels.device import takes_triton
 from tests.interpreted import CHECKS
 from tests.tables import tried

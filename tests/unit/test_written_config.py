@@ -7,7 +7,7 @@ import pytest
 
 from megatron.config.command_line import parse, resolve
 from megatron.config.declaration import as_given, in_words
-from megatron.config.presets import PRESETS
+from megatron.config.reading.presets import PRESETS
 from megatron.config.telling.as_toml import as_toml
 from megatron.errors import ConfigError
 from megatron.train.setup.configuration import keep_configuration

@@ -4,7 +4,7 @@
 `sharded` and `whole`; the others are in rooms: `megatron_v2/`, `megatron_core/` (current Megatron-LM), `families/`
 (folders of transformers, files of fair-esm).
 
-What several formats need: `vocabulary` pads and cuts the vocabulary's rows, `token_types` treats what only BERT has,
-`failures` turns errors into readable ones. For files of torch.save, `torch_files` reads them by `torch_pickle`, which
+What several formats need: `vocabulary` pads and cuts the vocabulary's rows, `token_types` treats what only BERT has.
+For files of torch.save, `torch_files` reads them by `torch_pickle`, which
 runs nothing of the pickle, as tensors of `torch_storage`; `torch_writing` writes them.
 """

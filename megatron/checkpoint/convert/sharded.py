@@ -5,8 +5,8 @@ import time
 from pathlib import Path
 
 from megatron.checkpoint.contents import Checkpoint
-from megatron.checkpoint.convert.failures import new_checkpoint, refuse_layout
 from megatron.checkpoint.convert.whole import kinds_of
+from megatron.checkpoint.failures import new_checkpoint, refuse_layout
 from megatron.checkpoint.manifest import MANIFEST, Manifest, TensorFacts
 from megatron.checkpoint.store import STATE, open_place, place_in, place_of
 from megatron.checkpoint.tensor_file import FileFacts, facts_of_file, write_tensors

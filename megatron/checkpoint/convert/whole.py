@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from megatron.checkpoint.contents import Checkpoint, Tensors
-from megatron.checkpoint.convert.failures import new_checkpoint, refuse_layout
+from megatron.checkpoint.failures import new_checkpoint, refuse_layout
 from megatron.checkpoint.places import STATE, place_of
 from megatron.checkpoint.store import place_in
 from megatron.checkpoint.tensor_file import write_tensors

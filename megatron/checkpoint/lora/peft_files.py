@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from megatron.checkpoint.contents import Tensors, stored
-from megatron.checkpoint.convert.failures import new_checkpoint
 from megatron.checkpoint.convert.families.flags import OWN, family_of
 from megatron.checkpoint.convert.families.hf_writing import TABLES
 from megatron.checkpoint.convert.families.names import their_names
+from megatron.checkpoint.failures import new_checkpoint
 from megatron.checkpoint.lora.merging import stored_pair
 from megatron.checkpoint.tensor_file import write_tensors
 from megatron.config import ModelConfig

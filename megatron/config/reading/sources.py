@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from megatron.config.declaration import flag
-from megatron.config.presets import PRESETS
+from megatron.config.reading.presets import PRESETS
 
 
 @dataclass(frozen=True)

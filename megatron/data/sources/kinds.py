@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from tempfile import NamedTemporaryFile
 from typing import Any
 
-from megatron.data.sources import tar
+from megatron.data.sources import looks, tar
 from megatron.data.sources.binary.arrow import ARROW_FILE_MAGIC, ARROW_STREAM_MAGIC, arrow_blocks
 from megatron.data.sources.binary.columns import parse_columns, records_in_columns
 from megatron.data.sources.binary.parquet import PARQUET_MAGIC, parquet_blocks
@@ -22,7 +22,7 @@ from megatron.data.sources.binary.tape_lmdb import (
 )
 from megatron.data.sources.block import BadRecord, Contents, RecordBlock, Texts, WantedKeys
 from megatron.data.sources.streams import GZIP_MAGIC, ZSTD_MAGICS, InputStream, Lookahead, unpacked, with_unix_line_ends
-from megatron.data.sources.text import delimited, json_array, looks, records
+from megatron.data.sources.text import delimited, json_array, records
 from megatron.errors import DataError
 
 EXPECTED = "proteins as JSON lines, FASTA, CSV or TSV, one a line, LMDB, Parquet or Arrow"

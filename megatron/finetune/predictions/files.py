@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron.checkpoint.convert.failures import writable
+from megatron.checkpoint.failures import writable
 from megatron.checkpoint.newest import open_newest
 from megatron.config import Config
 from megatron.data.corpus.tokenizer import ResidueTokenizer

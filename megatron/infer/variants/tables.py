@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from megatron.data.sources.looks import HEAD_BYTES, delimiter_of
 from megatron.data.sources.streams import InputStream, unpacked
-from megatron.data.sources.text.looks import HEAD_BYTES, delimiter_of
 from megatron.errors import DataError
 from megatron.files import write_text
 

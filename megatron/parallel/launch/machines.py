@@ -20,8 +20,8 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron.config import ParallelConfig
-from megatron.config.presets import PRESETS
 from megatron.config.reading.files import read_file
+from megatron.config.reading.presets import PRESETS
 from megatron.errors import LaunchError
 from megatron.parallel.launch.hosts import LOOPBACK, answers, is_own
 from megatron.parallel.launch.meeting import store_at

@@ -12,8 +12,8 @@ from pathlib import Path
 from megatron.checkpoint.places import CONFIG_FILE
 from megatron.config import Config
 from megatron.config.command_line import Resolved
-from megatron.config.presets import PRESETS
 from megatron.config.reading.files import read_file
+from megatron.config.reading.presets import PRESETS
 from megatron.config.telling.as_toml import as_toml, changes, unwritable, written
 from megatron.errors import ConfigError, OutputError
 from megatron.files import write_text

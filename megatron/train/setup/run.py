@@ -24,7 +24,6 @@ from megatron.optim.schedule import Schedule
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.placement import Part
 from megatron.parallel.sameness import SAME_FILES, check_same
-from megatron.train.guards.spikes import SpikeJudge
 from megatron.train.setup.precision import with_precision_chosen
 from megatron.train.setup.pytorch import configure_pytorch
 from megatron.train.setup.resume import (
@@ -41,6 +40,7 @@ from megatron.train.state import BatchSizes, TrainState
 from megatron.train.step.engine import Engine, build_engine, stream_of
 from megatron.train.step.graph import check_graph
 from megatron.train.step.meters import Totals
+from megatron.train.step.spikes import SpikeJudge
 
 
 @dataclass

@@ -10,12 +10,12 @@ from megatron.data.batches.batch import Batch
 from megatron.model.flops import model_flops
 from megatron.optim.optimizer import StepOutcome
 from megatron.parallel.tensor.weight_gradients import WeightGradients, defer_weight_gradients
-from megatron.train.guards.spikes import SpikeJudge
 from megatron.train.step.agreement import Arriving, summed
 from megatron.train.step.engine import Engine
 from megatron.train.step.graph import CudaRecorder, StepGraph
 from megatron.train.step.meters import Meters
 from megatron.train.step.passes import TrainPasses
+from megatron.train.step.spikes import SpikeJudge
 
 
 class TrainStep:

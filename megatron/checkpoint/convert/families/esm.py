@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from megatron.checkpoint.contents import Box, Checkpoint, StoredTensor, one_piece, stored
-from megatron.checkpoint.convert.failures import new_checkpoint, readable, refuse_layout
 from megatron.checkpoint.convert.families import flags
 from megatron.checkpoint.convert.families.names import FAIR_ESM, family_tensors, their_names
 from megatron.checkpoint.convert.families.reading import ModelFamily, checkpoint_of, rotary_frequencies
@@ -26,6 +25,7 @@ from megatron.checkpoint.convert.families.vocabularies import vocabulary_of
 from megatron.checkpoint.convert.torch_files import has_mark, read_torch_file
 from megatron.checkpoint.convert.torch_writing import write_torch_file
 from megatron.checkpoint.convert.vocabulary import WORDS, with_rows
+from megatron.checkpoint.failures import new_checkpoint, readable, refuse_layout
 from megatron.config import DataConfig, ModelConfig
 from megatron.config.declaration import flag_name
 from megatron.data.corpus.vocab import Vocab

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron.checkpoint.contents import Checkpoint, StoredTensor
-from megatron.checkpoint.convert.failures import new_checkpoint, readable, refuse_layout
 from megatron.checkpoint.convert.families import flags
 from megatron.checkpoint.convert.families.hf_writing import CONFIG, INDEX, TABLES, WHOLE, write_files
 from megatron.checkpoint.convert.families.reading import ModelFamily, checkpoint_of
 from megatron.checkpoint.convert.families.vocabularies import known_vocabulary, vocabulary_in
 from megatron.checkpoint.convert.torch_files import read_torch_file
 from megatron.checkpoint.convert.vocabulary import trimmed, with_rows
+from megatron.checkpoint.failures import new_checkpoint, readable, refuse_layout
 from megatron.checkpoint.tensor_file import stored_in
 from megatron.errors import CheckpointError
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from megatron.checkpoint.contents import Checkpoint, Tensors
-from megatron.checkpoint.convert.failures import readable
 from megatron.checkpoint.convert.megatron_core.names import our_tensors
 from megatron.checkpoint.convert.megatron_v2 import arguments as v2
+from megatron.checkpoint.failures import readable
 from megatron.errors import CheckpointError
 
 # Arguments that change what the weights compute, with the value that our models support; more are in megatron_v2.

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from megatron.checkpoint.contents import Checkpoint, StoredTensor, Tensors, one_piece
-from megatron.checkpoint.convert.failures import new_checkpoint
 from megatron.checkpoint.convert.megatron_core.arguments import checkpoint_of
 from megatron.checkpoint.convert.megatron_core.distributed_files import (
     Chunk,
@@ -24,6 +23,7 @@ from megatron.checkpoint.convert.megatron_core.names import FUSED, LAYER, LAYER_
 from megatron.checkpoint.convert.megatron_core.weights import weights_of
 from megatron.checkpoint.convert.megatron_v2.names import num_layers
 from megatron.checkpoint.convert.megatron_v2.places import RELEASE, newest, place_for
+from megatron.checkpoint.failures import new_checkpoint
 from megatron.errors import CheckpointError
 
 _STACK = re.compile(r"encoder\.layers\.([a-z].*)")

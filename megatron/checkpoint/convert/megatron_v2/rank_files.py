@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron.checkpoint.contents import Tensors
-from megatron.checkpoint.convert.failures import new_checkpoint
 from megatron.checkpoint.convert.megatron_v2.names import num_layers
 from megatron.checkpoint.convert.megatron_v2.places import FILE, RELEASE, Place, place_for, rank_name
 from megatron.checkpoint.convert.torch_files import read_torch_file
 from megatron.checkpoint.convert.torch_writing import write_torch_file
+from megatron.checkpoint.failures import new_checkpoint
 from megatron.errors import CheckpointError, ConfigError
 from megatron.files import sync
 

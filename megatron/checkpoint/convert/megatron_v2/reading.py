@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from megatron.checkpoint.contents import Checkpoint, StoredTensor, joined, stored
-from megatron.checkpoint.convert.failures import readable
 from megatron.checkpoint.convert.megatron_v2.arguments import arguments_in, config_of, iteration_of, state_of
 from megatron.checkpoint.convert.megatron_v2.names import (
     HEAD_COPY,
@@ -26,6 +25,7 @@ from megatron.checkpoint.convert.megatron_v2.optimizer_state import OptimizerSta
 from megatron.checkpoint.convert.megatron_v2.places import RELEASE, Place, find_place
 from megatron.checkpoint.convert.megatron_v2.rank_files import read_rank_files
 from megatron.checkpoint.convert.token_types import NOTE, left_out, with_first_type
+from megatron.checkpoint.failures import readable
 from megatron.errors import CheckpointError
 
 _POSITIONS = "embedding.position_embeddings.weight"

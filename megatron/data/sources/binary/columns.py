@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from megatron.data.sources.block import BadRecord, RecordBlock, Texts, WantedKeys, collected
-from megatron.data.sources.text.looks import is_name_of_sequences
+from megatron.data.sources.looks import is_name_of_sequences
 from megatron.errors import DataError
 
 _TEXT_TYPES = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")

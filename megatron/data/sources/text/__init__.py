@@ -1,5 +1,1 @@
-"""Readers of text files, and tests that tell them apart.
-
-`records` reads JSON lines, FASTA and one protein a line, `json_array` a JSON array, `delimited` CSV and TSV. `looks`
-tells by the first lines whether text is a table, one protein a line, or prose.
-"""
+"""Readers of text: `records` of JSON lines, FASTA and one protein a line, `json_array`, `delimited` of CSV and TSV."""

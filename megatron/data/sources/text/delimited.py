@@ -12,8 +12,8 @@ from functools import partial
 
 from megatron.data.sources.binary.columns import check_columns, check_distinct
 from megatron.data.sources.block import BadRecord, Contents, RecordBlock, Texts, WantedKeys, collected
+from megatron.data.sources.looks import HEAD_BYTES, delimiter_of
 from megatron.data.sources.streams import MAX_RECORD_BYTES
-from megatron.data.sources.text.looks import HEAD_BYTES, delimiter_of
 from megatron.data.sources.text.records import line_blocks, line_of, num_blank_lines
 from megatron.errors import DataError
 
