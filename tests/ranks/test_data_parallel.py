@@ -12,7 +12,10 @@ from megatron.config import ParallelConfig
 from megatron.parallel.data.data_parallel import data_parallel
 from megatron.parallel.data.replicated import DataParallel
 from megatron.parallel.mesh import Axis, Mesh, build_mesh
+from megatron.parallel.parameters import Normal
 from megatron.parallel.placement import gradient_norm
+from megatron.parallel.tensor.layers import ColumnParallelLinear
+from megatron.parallel.tensor.stream import ONE_RANK_STREAM
 from tests.ranks.launch import TIMEOUT, run_ranks
 from tests.wholes import wholes
 
@@ -99,6 +102,25 @@ def gradients_of_bf16(axis: Axis) -> dict[str, torch.Tensor]:
     return found
 
 
+def sums_of_small_and_large(axis: Axis) -> dict[str, torch.Tensor]:
+    """For each sharding the whole gradient of a weight whose products are 1 in the first micro-batch, then 2^-12 twice.
+    """
+    found = {}
+    for sharding in ("optimizer", "gradients", "parameters"):
+        config = ParallelConfig(data_parallel_sharding=sharding)
+        mesh = build_mesh(config, torch.device("cpu"), TIMEOUT)
+        layer = ColumnParallelLinear(4, 2, ONE_RANK_STREAM, Normal(1.0), has_bias=False)
+        parallel = data_parallel([layer], lambda stage: [], mesh, config, torch.bfloat16)
+        for number, value in enumerate((1, 2**-12, 2**-12)):
+            output = parallel.forward(0, torch.full((1, 4), value, dtype=torch.bfloat16, requires_grad=True))
+            parallel.before_backward(0, is_last=number == 2)
+            output.sum().backward()
+        parallel.reduce_gradients()
+        gradients = {name: weight.grad for name, weight in parallel.parameters.items() if weight.grad is not None}
+        found[sharding], = wholes(gradients, parallel.parameters).values()
+    return found
+
+
 def steps_from_the_same_weights(axis: Axis) -> dict[str, list[dict[str, torch.Tensor]]]:
     """For each way the gradients of a first and a second step that start from the same weights.
 
@@ -128,6 +150,11 @@ def test_gradients_are_the_sums_that_one_rank_gets(results):
 def test_shards_sum_gradients_in_fp32_whatever_they_compute_in():
     for found in run_ranks(gradients_of_bf16, 2):
         assert all(torch.equal(gradient, torch.full((1, 4), 1 + 2**-12)) for gradient in found.values())
+
+
+def test_shards_sum_micro_batches_in_fp32_whatever_they_compute_in():
+    for found in run_ranks(sums_of_small_and_large, 2):
+        assert all(torch.equal(gradient, torch.full((2, 4), 2 + 4 * 2**-12)) for gradient in found.values())
 
 
 def test_a_model_that_is_needed_no_more_is_freed(results):

@@ -70,13 +70,18 @@ def defer_weight_gradients(model: nn.Module, waiting: WeightGradients) -> None:
 
 
 def added_weight_gradient(weight_oi: Tensor, grad: Factor, x: Factor) -> Tensor | None:
-    """The weight gradient [o, i] of `x Wᵀ` in the weight's dtype; None if it was added to `weight_oi.grad` in place."""
+    """The weight gradient [o, i] of `x Wᵀ`; None if it was added to `weight_oi.grad` in place.
+
+    In the dtype of `weight_oi.grad`, or, if there is none yet, of the weight.
+    """
     # Inside a compiled graph a parameter's .grad is out of reach.
     so_far_oi = weight_oi.grad if weight_oi.is_leaf and not torch.compiler.is_compiling() else None
+    # PyTorch 2.15's FSDP2 adds up the gradient of a gathered bf16 weight in fp32, in its .grad.
+    dtype = weight_oi.dtype if so_far_oi is None else so_far_oi.dtype
     if isinstance(grad, Tensor) and isinstance(x, Tensor):
-        return _product_added(so_far_oi, grad, x, weight_oi.dtype)
+        return _product_added(so_far_oi, grad, x, dtype)
     assert isinstance(grad, Quantised) and isinstance(x, Quantised), "both are in FP8, or none"
-    gradient_oi = product(grad, x, weight_oi.dtype)
+    gradient_oi = product(grad, x, dtype)
     if so_far_oi is None:
         return gradient_oi
     so_far_oi.add_(gradient_oi)
