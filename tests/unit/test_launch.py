@@ -2,6 +2,7 @@
 
 import os
 import socket
+import sys
 import threading
 from contextlib import closing
 from datetime import timedelta
@@ -341,6 +342,20 @@ def test_only_a_rank_among_others_ends_without_the_interpreter(monkeypatch, envi
     monkeypatch.setattr("sys.exit", lambda status: ended.append("interpreter"))
     leave(3)
     assert ", ".join(ended).startswith(ends)
+
+
+@pytest.mark.parametrize(("loaded", "num_frozen"), [(True, 0), (False, 1)])
+def test_triton_finds_nothing_at_the_end_that_was_left_to_live(monkeypatch, loaded, num_frozen):
+    frozen = []
+    for key in TORCHRUN:
+        monkeypatch.delenv(key, raising=False)
+    monkeypatch.delitem(sys.modules, "triton", raising=False)
+    if loaded:
+        monkeypatch.setitem(sys.modules, "triton", sys)
+    monkeypatch.setattr("gc.freeze", lambda: frozen.append(True))
+    with pytest.raises(SystemExit):
+        leave(0)
+    assert len(frozen) == num_frozen
 
 
 def test_what_a_program_may_not_read_at_its_start_is_one_line(capsys):
