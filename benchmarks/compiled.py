@@ -115,8 +115,9 @@ class RecordedLaunch:
         return Resources(found["REG"], found["STACK"] + found["LOCAL"], compiled.metadata.shared)
 
     def compiled(self, capability: int) -> Any:
-        """The kernel as Triton compiles it for a capability."""
-        return triton.compile(self._source, target=GPUTarget("cuda", capability, 32), options=dict(self.options))
+        """The kernel as Triton compiles it for a capability, with products and sums fused as in a run."""
+        options = {"enable_fp_fusion": True, **self.options}
+        return triton.compile(self._source, target=GPUTarget("cuda", capability, 32), options=options)
 
     @property
     def _named(self) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The line in which a run reports the implementation chosen for each operation."""
 
+import os
 from dataclasses import replace
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from megatron.config.command_line import parse
 from megatron.errors import ConfigError
+from megatron.kernels import device as choosing
 from megatron.kernels.attention import backends, native
 from megatron.kernels.pointwise import native as pointwise
 from megatron.parallel.mesh import Axis, Mesh
@@ -148,3 +150,13 @@ def test_a_gpu_without_triton_is_told_before_the_first_step(monkeypatch):
     monkeypatch.setattr(backends, "runs_triton", lambda _: False)
     with pytest.raises(ConfigError, match="pip install triton"):
         said("--attention-dropout 0.1", Mesh(device=torch.device("meta")))
+
+
+@pytest.mark.parametrize(("given", "told"), [(None, "1"), ("0", "0")])
+def test_triton_is_told_to_fuse_products_with_sums_unless_the_user_told_it(monkeypatch, given, told):
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", given or "")  # so that it is put back after the test
+    if given is None:
+        monkeypatch.delenv("TRITON_DEFAULT_FP_FUSION")
+    choosing._prepared_triton.cache_clear()
+    choosing.has_triton()
+    assert os.environ["TRITON_DEFAULT_FP_FUSION"] == told
