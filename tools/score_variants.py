@@ -22,7 +22,7 @@ from megatron.infer.bootstrap import CONFIDENCE  # noqa: E402
 from megatron.infer.door import add_model_flags, add_skipping_flag, asked  # noqa: E402
 from megatron.infer.pretrained import Pretrained, load  # noqa: E402
 from megatron.infer.skipped import FLAG  # noqa: E402
-from megatron.infer.variants.assays import files_of  # noqa: E402
+from megatron.infer.variants.assays import AssayKeys, files_of  # noqa: E402
 from megatron.infer.variants.record import SUMMARY, ScoringRecord  # noqa: E402
 from megatron.infer.variants.run import Way, draw_proteins, score_files  # noqa: E402
 from megatron.infer.variants.scores import MARGINALS, MASKED, SCORINGS  # noqa: E402
@@ -57,6 +57,10 @@ def parser() -> argparse.ArgumentParser:
                        f"residues of the mutated protein of their log p, each masked in turn (default: {MASKED})")
     flags.add_argument("--window", type=int, metavar="N", help="residues around a site that the model reads of longer "
                        "proteins (default: as many as it has positions; whole proteins if these are rotary)")
+    flags.add_argument("--mutant-key", metavar="KEY", help="column of the mutants, such as A1P:D2N or "
+                       "p.[Ala1Pro;Asp2Asn] (default: mutant, or hgvs_pro as in MaveDB)")
+    flags.add_argument("--measured-key", metavar="KEY", help="column of what was measured, which scores are compared "
+                       "with (default: DMS_score, if there is one)")
     flags.add_argument("--score-column", default="score", metavar="NAME", help="name of the column of scores "
                        "(default: score)")
     add_skipping_flag(flags)
@@ -76,7 +80,7 @@ def score(given: argparse.Namespace, mesh: Mesh, log: Log) -> None:
     files = {} if given.heatmap else files_of(given.input, given.reference)
     pretrained = load(given.checkpoint, mesh, log, given.precision)
     way = Way(given.scoring, longest_window(pretrained, given.window), given.offset, given.score_column,
-              given.tokens_per_row, given.skip_bad_records)
+              given.tokens_per_row, given.skip_bad_records, AssayKeys(given.mutant_key, given.measured_key))
     given.output.mkdir(parents=True, exist_ok=True)
     record = ScoringRecord(given.output, settings_of(given, pretrained, way))
     if given.heatmap:
@@ -94,9 +98,9 @@ def check_heatmap(given: argparse.Namespace) -> None:
         raise ConfigError(f"--heatmap cannot be drawn by --scoring {given.scoring}; give {' or '.join(MARGINALS)}")
     if given.skip_bad_records:
         raise ConfigError(f"{FLAG} is for files of variants, and with --heatmap INPUT are the proteins; leave it out")
-    for name in ("sequence", "fasta", "reference"):
-        if getattr(given, name) is not None:
-            raise ConfigError(f"--{name} is for files of variants, and with --heatmap INPUT are the proteins; leave it "
+    for flag in ("--sequence", "--fasta", "--reference", "--mutant-key", "--measured-key"):
+        if getattr(given, flag[2:].replace("-", "_")) is not None:
+            raise ConfigError(f"{flag} is for files of variants, and with --heatmap INPUT are the proteins; leave it "
                               "out")
 
 

@@ -4,6 +4,7 @@ import csv
 import gzip
 import json
 import os
+import re
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from megatron.data.corpus.vocab import Vocab
 from megatron.errors import ConfigError, DataError, ResidueError, UserError
 from megatron.infer.variants import substitutions_picture
-from megatron.infer.variants.assays import files_of, read_assay
+from megatron.infer.variants.assays import AssayKeys, files_of, read_assay
 from megatron.infer.variants.averages import averaged
 from megatron.infer.variants.mutants import Substitution, letters_of, parse_mutant
 from megatron.infer.variants.record import ScoringRecord
@@ -23,7 +24,7 @@ from tests.unit.test_pretrained import saved
 from tools.score_variants import parser, score, tables
 
 WILD = "MKTAYIAKQR"
-VOCAB = Vocab.from_file()
+VOCAB, USUAL = Vocab.from_file(), AssayKeys()
 ASSAY = """mutant,mutated_sequence,DMS_score,note
 M1A,AKTAYIAKQR,0.5,"one, two"
 K2W:A7C,MWTAYICKQR,,
@@ -37,14 +38,54 @@ def write(path, text):
     return path
 
 
-def read(path, **given):
+def read(path, keys=USUAL, **given):
     wild_types = read_wild_types(given.get("sequence"), given.get("fasta"), given.get("reference"), VOCAB)
-    return read_assay("A", path, wild_types, letters_of(VOCAB))
+    return read_assay("A", path, wild_types, letters_of(VOCAB), keys=keys)
 
 
 def test_mutants_are_read_as_proteingym_writes_them():
     assert parse_mutant("A1P:D12N") == (Substitution(0, "A", "P"), Substitution(11, "D", "N"))
     assert parse_mutant(" a24p ", offset=24) == (Substitution(0, "A", "P"),)
+
+
+@pytest.mark.parametrize(("hgvs", "same"), [
+    ("p.Ala1Pro", "A1P"), ("p.(Ala1Pro)", "A1P"), ("NP_1.2:p.ala1PRO", "A1P"), ("p.A1P", "A1P"), ("p.Ala1=", "A1A"),
+    ("p.[Ala1Pro;Asp12Asn]", "A1P:D12N"), ("p.[(Ala1Pro);(Asp12Asn)]", "A1P:D12N"), ("p.(Sec3Xaa)", "U3X")])
+def test_substitutions_are_read_as_hgvs_writes_them(hgvs, same):
+    assert parse_mutant(hgvs) == parse_mutant(same)
+    assert parse_mutant("p.=") == parse_mutant("p.(=)") == ()
+
+
+@pytest.mark.parametrize(("text", "what"), [
+    ("p.Ala1Ter", "is a stop, and only substitutions can be scored"), ("p.Ala1*", "is a stop"),
+    ("p.Ala1del", "is a deletion,"), ("p.Ala1_Asp2insLys", "is an insertion"), ("p.Ala1dup", "is a duplication"),
+    ("p.Ala1_Lys3delinsTrp", "is a deletion with an insertion"), ("p.Ala1ProfsTer23", "is a frameshift"),
+    ("p.Ter110GlnextTer17", "is an extension"), ("p.[Ala1Pro];[Asp12Asn]", "is not of the form A1P"),
+    ("p.Met1?", "is not of the form"), ("p.Foo1Ala", "is not of the form"), ("Ala1Pro", "is not of the form")])
+def test_what_hgvs_writes_that_is_no_substitution_is_named(text, what):
+    with pytest.raises(ResidueError, match=f"mutant '{re.escape(text)}' {re.escape(what)}"):
+        parse_mutant(text)
+
+
+MAVEDB = """accession,hgvs_nt,hgvs_splice,hgvs_pro,score
+urn:1#1,NA,NA,p.Ala4Val,0.3
+urn:1#2,NA,NA,p.[Lys2Arg;Thr3=],NA
+urn:1#3,NA,NA,p.=,1.5
+"""
+
+
+def test_a_file_of_mavedb_is_read_and_its_measured_column_is_named(tmp_path):
+    path = write(tmp_path / "A.csv", MAVEDB)
+    assay = read(path, AssayKeys(measured="score"), sequence=WILD)
+    assert assay.mutants == [parse_mutant("A4V"), parse_mutant("K2R:T3T"), ()]
+    np.testing.assert_array_equal(assay.measured, [0.3, np.nan, 1.5])
+    assert assay.identity != read(path, sequence=WILD).identity
+    write(path, MAVEDB.replace("hgvs_pro", "change"))
+    assert read(path, AssayKeys("change", "score"), sequence=WILD).mutants == assay.mutants
+    for keys, what in ((AssayKeys(), "no column 'mutant' among .*; --mutant-key names it"),
+                       (AssayKeys("change", "DMS"), "no column 'DMS' among .*; --measured-key names what was")):
+        with pytest.raises(DataError, match=what):
+            read(path, keys, sequence=WILD)
 
 
 def test_the_wild_type_is_worked_out_where_it_is_not_given(tmp_path):
@@ -79,6 +120,9 @@ def test_the_wild_type_of_a_reference_or_a_fasta_is_taken_by_the_name_of_the_fil
 def test_a_list_is_any_other_file_and_both_may_be_packed(tmp_path):
     path = write(tmp_path / "A.txt", "M1A\n\n K2W:A7C\n")
     assert len(read(path, sequence=WILD).mutants) == 2
+    for header in ("mutant", "hgvs_pro"):
+        headed = read(write(path, f"{header}\nM1A\n"), sequence=WILD)
+        assert (headed.table.columns, headed.mutants, headed.table.lines) == ([header], [parse_mutant("M1A")], [2])
     packed = tmp_path / "B.csv.gz"
     packed.write_bytes(gzip.compress(("\ufeff" + ASSAY.replace("\n", "\r\n")).encode()))
     assert read(packed).wild_type == WILD
@@ -205,6 +249,20 @@ def test_scores_stand_behind_what_was_read_and_a_file_that_is_done_is_not_done_a
     assert "R10D" in (out / "A.csv").read_text()
 
 
+def test_scores_of_a_file_of_mavedb_stand_beside_its_own_and_the_wild_type_has_zero(tmp_path):
+    path, out = write(tmp_path / "A.csv", MAVEDB + "urn:1#4,NA,NA,p.Ile6Leu,2\n"), tmp_path / "out"
+    command = (saved(tmp_path / "run"), path, out, "--sequence", WILD, "--measured-key", "score")
+    with pytest.raises(DataError, match="has a column 'score' already; --score-column names the new one"):
+        run(*command)
+    run(*command, "--score-column", "model")
+    rows = list(csv.DictReader((out / "A.csv").open()))
+    assert [row["score"] for row in rows] == ["0.3", "NA", "1.5", "2"] and float(rows[2]["model"]) == 0
+    assert json.loads((out / "summary.json").read_text())["assays"]["A"]["spearman"] is not None
+    wild = write(tmp_path / "wild.txt", "p.=\n")
+    run(saved(tmp_path / "run"), wild, tmp_path / "again", "--sequence", WILD)
+    assert (tmp_path / "again" / "wild.csv").read_text() == "mutant,score\np.=,0.000000\n"
+
+
 def test_variants_that_cannot_be_scored_are_left_out_and_keep_their_rows_where_that_is_asked_for(tmp_path, capsys):
     good = ["M1A,AKTAYIAKQR,0.5", "K2W:A7C,MWTAYICKQR,", "R10E,MKTAYIAKQE,-1.5"]
     bad = ["M1*,*KTAYIAKQR,1", ",MKTAYIAKQR,1", "A1AP,APKTAYIAKQR,1", "M1C,CTAYIAKQR,1", "C1A,AKTAYIAKQR,1",
@@ -296,6 +354,7 @@ def test_heat_maps_of_the_proteins_of_a_file_are_drawn_once(tmp_path, capsys):
 @pytest.mark.parametrize(("flags", "what"), [
     (("--heatmap", "--scoring", "pseudo-ppl"), "--scoring pseudo-ppl; give masked-marginals"),
     (("--heatmap", "--sequence", "MK"), "--sequence is for files of variants"),
+    (("--heatmap", "--mutant-key", "mutant"), "--mutant-key is for files of variants"),
     (("--heatmap", "--skip-bad-records"), "--skip-bad-records is for files of variants"),
     (("--sequence", "MK", "--fasta", "x"), "both give the wild type"),
     (("--window", "64"), "--window is 64; it must be 1 or greater, and at most 63"),

@@ -24,6 +24,10 @@ _FOLDER = Path(__file__).resolve().parents[3] / "protein_tools"
 DEFAULT_VOCAB = _FOLDER / "iupac_vocab.txt"
 AMINO_ACIDS = "ACDEFGHIKLMNPQRSTVWY"
 RESIDUE_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+THREE_LETTERS = {  # IUPAC's three-letter names of residues
+    "Ala": "A", "Asx": "B", "Cys": "C", "Asp": "D", "Glu": "E", "Phe": "F", "Gly": "G", "His": "H", "Ile": "I",
+    "Lys": "K", "Leu": "L", "Met": "M", "Asn": "N", "Pyl": "O", "Pro": "P", "Gln": "Q", "Arg": "R", "Ser": "S",
+    "Thr": "T", "Sec": "U", "Val": "V", "Trp": "W", "Xaa": "X", "Tyr": "Y", "Glx": "Z"}
 # The possible names of each special token; "sep" ends a protein.
 SPECIAL_TOKENS = {
     "mask": ("[MASK]", "<mask>"), "pad": ("[PAD]", "<pad>"), "cls": ("[CLS]", "<cls>"), "sep": ("[SEP]", "<eos>"),

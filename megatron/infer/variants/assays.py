@@ -25,9 +25,29 @@ from megatron.infer.variants.mutants import (
 from megatron.infer.variants.tables import TextTable, read_csv, read_list
 from megatron.infer.variants.wild_types import AssayReference, WildTypes
 
-MUTANT, MUTATED, MEASURED = "mutant", "mutated_sequence", "DMS_score"
+MUTANT, HGVS, MUTATED, MEASURED = "mutant", "hgvs_pro", "mutated_sequence", "DMS_score"
 TABLES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")  # what files of columns end in
 _DECIMAL_COMMA = re.compile(r"[+-]?\d*,\d+([eE][+-]?\d+)?")
+
+
+@dataclass(frozen=True)
+class AssayKeys:
+    """The columns of the mutants and of what was measured that the user names; None for the usual ones."""
+
+    mutant: str | None = None
+    measured: str | None = None
+
+    def mutants(self, table: TextTable) -> list[str]:
+        """The column of mutants, usually `mutant` or, as in MaveDB, `hgvs_pro`; raises DataError if there is none."""
+        usual = HGVS if MUTANT not in table.columns and table.columns.count(HGVS) == 1 else MUTANT
+        return table.needed(self.mutant or usual, "--mutant-key names it")
+
+    def measurements(self, table: TextTable) -> list[str] | None:
+        """The column of what was measured, usually `DMS_score`, and None if that is missing; raises DataError if one
+        that the user names is.
+        """
+        return table.column(MEASURED) if self.measured is None else table.needed(
+            self.measured, "--measured-key names what was measured")
 
 
 @dataclass(frozen=True)
@@ -40,6 +60,7 @@ class Assay:
 
     name: str
     table: TextTable
+    keys: AssayKeys
     wild_type: str
     places: list[int]
     mutants: list[Mutant]
@@ -53,8 +74,9 @@ class Assay:
 
     @property
     def identity(self) -> str:
-        """A digest of everything that the scores depend on."""
-        return hashlib.sha256(f"{self.table.digest} {self.wild_type}".encode()).hexdigest()
+        """A digest of everything that the scores and their correlation depend on."""
+        named = "" if self.keys == AssayKeys() else f" {self.keys}"
+        return hashlib.sha256(f"{self.table.digest} {self.wild_type}{named}".encode()).hexdigest()
 
 
 def files_of(inputs: Sequence[Path], reference: Path | None) -> dict[str, Path]:
@@ -75,7 +97,7 @@ def files_of(inputs: Sequence[Path], reference: Path | None) -> dict[str, Path]:
 
 
 def read_assay(name: str, path: Path, wild_types: WildTypes, letters: Collection[str], offset: int = 1,
-               skipped: Skipped | None = None) -> Assay:
+               skipped: Skipped | None = None, keys: AssayKeys = AssayKeys()) -> Assay:
     """The variants of a file that fit their wild type; `letters`: the residues of the vocabulary.
 
     Variants that do not fit are counted in `skipped` and left out; if that is None, the first of them raises DataError.
@@ -83,8 +105,8 @@ def read_assay(name: str, path: Path, wild_types: WildTypes, letters: Collection
     """
     entry = wild_types.of(path, name)
     is_table = path.name.endswith(TABLES)
-    table = read_csv(path, takes_uneven=True) if is_table else read_list(path, MUTANT)
-    texts, sequences, measurements = table.needed(MUTANT), table.column(MUTATED), table.column(MEASURED)
+    table = read_csv(path, takes_uneven=True) if is_table else read_list(path, [keys.mutant or MUTANT, MUTANT, HGVS])
+    texts, sequences, measurements = keys.mutants(table), table.column(MUTATED), keys.measurements(table)
     if not texts:
         raise DataError(f"{path}: holds no variant")
     if entry is None and sequences is None:
@@ -99,7 +121,7 @@ def read_assay(name: str, path: Path, wild_types: WildTypes, letters: Collection
             if at in table.uneven:
                 raise ResidueError(table.uneven[at])
             mutant = _fitting(text, None if sequences is None else sequences[at], wild_type, letters, offset)
-            value = math.nan if measurements is None else _measured(measurements[at])
+            value = math.nan if measurements is None else _measured(measurements[at], keys.measured or MEASURED)
         except ResidueError as error:
             finding = f"{path}: line {table.lines[at]}: {error}"
             if skipped is None:
@@ -109,7 +131,7 @@ def read_assay(name: str, path: Path, wild_types: WildTypes, letters: Collection
         places.append(at)
         mutants.append(mutant)
         measured.append(value)
-    return Assay(name, table, wild_type, places, mutants, None if measurements is None else np.array(measured),
+    return Assay(name, table, keys, wild_type, places, mutants, None if measurements is None else np.array(measured),
                  entry or AssayReference(wild_type))
 
 
@@ -147,7 +169,7 @@ def _check_sequence(found: str, expected: str, text: str, offset: int) -> None:
                        f"{found[site]}, and should be {expected[site]}")
 
 
-def _measured(text: str) -> float:
+def _measured(text: str, column: str) -> float:
     """The measured value of a variant, nan if there is none; raises ResidueError for text that is not a number."""
     if not text.strip() or text.strip().lower() == "na":
         return math.nan
@@ -156,5 +178,5 @@ def _measured(text: str) -> float:
     except ValueError:
         remedy = "write a decimal point" if _DECIMAL_COMMA.fullmatch(text.strip()) else (
             "leave it empty where nothing was measured")
-        raise ResidueError(f"{MEASURED} is {text!r}, which is no number; {remedy}") from None
+        raise ResidueError(f"{column} is {text!r}, which is no number; {remedy}") from None
     return value if math.isfinite(value) else math.nan

@@ -1,15 +1,20 @@
-"""Substitutions in ProteinGym's notation: `A1P:D2N`, each with the wild-type letter, the residue number and the new
-letter.
+"""Substitutions in ProteinGym's notation, `A1P:D2N`, each with the wild-type letter, the residue number and the new
+letter, and in HGVS, `p.[Ala1Pro;Asp2Asn]`.
 """
 
 import re
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
-from megatron.data.corpus.vocab import AMINO_ACIDS, RESIDUE_LETTERS, Vocab
+from megatron.data.corpus.vocab import AMINO_ACIDS, RESIDUE_LETTERS, THREE_LETTERS, Vocab
 from megatron.errors import ResidueError
 
 _FORM = re.compile(r"([A-Za-z])(-?[0-9]{1,9})([A-Za-z])")
+_HGVS = re.compile(r"(?:\S+:)?p\.(.*)")  # with or without the name of a reference sequence
+_HGVS_FORM = re.compile(r"\(?([A-Za-z]{3}|[A-Za-z])([0-9]{1,9})([A-Za-z]{3}|[A-Za-z]|=)\)?")
+_NO_SUBSTITUTIONS = {  # of HGVS; the first that occurs in a mutant names it
+    "fs": "a frameshift", "ext": "an extension", "delins": "a deletion with an insertion", "del": "a deletion",
+    "ins": "an insertion", "dup": "a duplication", "Ter": "a stop", "*": "a stop"}
 
 
 class Substitution(NamedTuple):
@@ -29,16 +34,22 @@ def letters_of(vocab: Vocab) -> frozenset[str]:
 
 
 def parse_mutant(text: str, offset: int = 1) -> Mutant:
-    """The substitutions of a mutant whose residue numbers start at `offset`; raises ResidueError for another notation.
+    """The substitutions of a mutant whose residue numbers start at `offset`, none for HGVS's wild type, `p.=`.
 
-    Use `check_mutant` to find out whether they fit a protein.
+    Raises ResidueError for another notation. Use `check_mutant` to find out whether they fit a protein.
     """
-    substitutions = []
-    for word in text.strip().split(":"):
-        match = _FORM.fullmatch(word.strip())
-        if match is None:
-            raise ResidueError(f"mutant {text!r} is not of the form A1P, or A1P:D2N for several substitutions")
-        substitutions.append(Substitution(int(match[2]) - offset, match[1].upper(), match[3].upper()))
+    hgvs = _HGVS.fullmatch(text.strip())
+    words = text.strip().split(":") if hgvs is None else hgvs[1].strip("[]()").split(";")
+    if hgvs is not None and words == ["="]:
+        return ()
+    form, substitutions = _FORM if hgvs is None else _HGVS_FORM, list[Substitution]()
+    for word in words:
+        match = form.fullmatch(word.strip())
+        wild = match and _letter(match[1])
+        mutant = match and (wild if match[3] == "=" else _letter(match[3]))
+        if not (match and wild and mutant):
+            raise ResidueError(f"mutant {text!r} {_no_substitution(text, hgvs is not None)}")
+        substitutions.append(Substitution(int(match[2]) - offset, wild, mutant))
     if len({one.site for one in substitutions}) < len(substitutions):
         raise ResidueError(f"mutant {text!r} substitutes one residue twice")
     return tuple(substitutions)
@@ -95,6 +106,19 @@ def wild_type_of(mutated_sequence: str, mutant: Mutant, offset: int = 1) -> str:
             raise ResidueError(f"mutated_sequence is not what {wild}{site + offset}{other} says: residue "
                                f"{site + offset} is {found}; --offset tells the number of its first")
     return _with_letters(mutated_sequence, [(one.site, one.wild) for one in mutant])
+
+
+def _letter(name: str) -> str | None:
+    """The letter of a residue named by one letter or three; None for another name."""
+    return name.upper() if len(name) == 1 else THREE_LETTERS.get(name.capitalize())
+
+
+def _no_substitution(text: str, is_hgvs: bool) -> str:
+    """What is wrong with a mutant that consists of no substitutions, as the end of a sentence."""
+    kind = next((kind for sign, kind in _NO_SUBSTITUTIONS.items() if sign in text), None) if is_hgvs else None
+    if kind is not None:
+        return f"is {kind}, and only substitutions can be scored"
+    return "is not of the form A1P, or A1P:D2N for several substitutions, or p.[Ala1Pro;Asp2Asn]"
 
 
 def _with_letters(protein: str, letters: Sequence[tuple[int, str]]) -> str:

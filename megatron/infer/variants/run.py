@@ -17,7 +17,7 @@ from megatron.infer.pretrained import Pretrained
 from megatron.infer.proteins import file_name
 from megatron.infer.skipped import Skipped
 from megatron.infer.spearman import spearman, spearman_interval
-from megatron.infer.variants.assays import Assay, read_assay
+from megatron.infer.variants.assays import Assay, AssayKeys, read_assay
 from megatron.infer.variants.mutants import has_score, letters_of, standard_sites
 from megatron.infer.variants.record import ASSAYS, PROTEINS, ScoringRecord
 from megatron.infer.variants.scores import num_copies, scores_of, sites_of, together
@@ -35,7 +35,7 @@ class Way:
     score column.
 
     `budget`: tokens in a row; None for as many as memory allows. `skips`: leave out variants that do not fit their
-    protein.
+    protein. `keys`: the columns of the files.
     """
 
     scoring: str
@@ -44,6 +44,7 @@ class Way:
     column: str = "score"
     budget: int | None = None
     skips: bool = False
+    keys: AssayKeys = AssayKeys()
 
 
 def score_files(pretrained: Pretrained, files: Mapping[str, Path], wild_types: WildTypes, way: Way,
@@ -58,7 +59,7 @@ def score_files(pretrained: Pretrained, files: Mapping[str, Path], wild_types: W
         log.line(f"{len(files) - len(left)} of {len(files)} files are done already in {record.folder}")
     for name in left:
         start_s, skipped = time.monotonic(), Skipped() if way.skips else None
-        assay = read_assay(name, files[name], wild_types, letters, way.offset, skipped)
+        assay = read_assay(name, files[name], wild_types, letters, way.offset, skipped, way.keys)
         copies = num_copies(way.scoring, assay.wild_type, assay.mutants, way.longest)
         with closing(log.progress(-(-copies // pretrained.mesh.data.size), 0, "sequence", name)) as bar:
             scores = scores_of(pretrained, way.scoring, assay.wild_type, assay.mutants, way.longest, way.budget,
@@ -95,7 +96,7 @@ def _left(files: Mapping[str, Path], wild_types: WildTypes, way: Way, letters: C
         if path.resolve() == (record.folder / f"{name}.csv").resolve():
             raise DataError(f"{record.folder}: {path} itself lies there; give another folder")
         skipped = Skipped() if way.skips else None
-        assay = read_assay(name, path, wild_types, letters, way.offset, skipped)
+        assay = read_assay(name, path, wild_types, letters, way.offset, skipped, way.keys)
         if way.column in assay.table.columns:
             raise DataError(f"{path}: line 1: has a column {way.column!r} already; --score-column names the new one")
         if assay.mutants and not any(map(has_score, assay.mutants)):

@@ -80,6 +80,8 @@ def together(scoring: str, sites: Sequence[int], num_residues: int, longest: int
 def _marginals(pretrained: Pretrained, wild_type: str, mutants: Sequence[Mutant], longest: int | None,
                budget: int | None, progress: Progress, scoring: str) -> list[float]:
     sites = sites_of(mutants)
+    if not sites:  # wild types alone
+        return [0.0] * len(mutants)
     table = site_table(pretrained, scoring, wild_type, sites, longest, budget, progress)
     row, ids = {site: row for row, site in enumerate(sites)}, pretrained.vocab.ids
     return [sum(float(table[row[one.site], ids[one.mutant]]) - float(table[row[one.site], ids[one.wild]])

@@ -35,12 +35,12 @@ class TextTable:
         at = self.columns.index(name)
         return [row[at] for row in self.rows]
 
-    def needed(self, name: str) -> list[str]:
-        """As `column`, but raises DataError if there is no column of that name."""
+    def needed(self, name: str, remedy: str = "name one so") -> list[str]:
+        """As `column`, but raises DataError, which ends in `remedy`, if there is no column of that name."""
         found = self.column(name)
         if found is None:
-            raise DataError(f"{self.path}: line 1: there is no column {name!r} among {', '.join(self.columns)}; name "
-                            "one so")
+            raise DataError(f"{self.path}: line 1: there is no column {name!r} among {', '.join(self.columns)}; "
+                            f"{remedy}")
         return found
 
 
@@ -76,10 +76,16 @@ def read_csv(path: Path, takes_uneven: bool = False) -> TextTable:
     return TextTable(path, columns, rows, lines, digest, uneven)
 
 
-def read_list(path: Path, name: str) -> TextTable:
-    """Read a file with one word per line as a table with one column, ignoring blank lines; raises DataError."""
+def read_list(path: Path, names: Sequence[str]) -> TextTable:
+    """Read a file with one word per line as a table with one column, ignoring blank lines; raises DataError.
+
+    The column has the first of `names`, unless the first line is another of them: then that is its header.
+    """
     text, digest = _text(path)
     found = [(line.strip(), number) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    name = names[0]
+    if found[0][0] in names:
+        name, found = found[0][0], found[1:]
     return TextTable(path, [name], [[line] for line, _ in found], [number for _, number in found], digest)
 
 
