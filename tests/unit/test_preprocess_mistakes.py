@@ -45,6 +45,10 @@ def test_a_record_without_a_name_is_one_clear_line(tmp_path, content, expected):
     ('{"text": "M1"}\nnonsense\n', "line 1, column 2"),
     ('{"text": "M*K"}\n', "line 1, column 2 of the text: an internal stop"),
     (">a\nMK\nVL\n>b\nMK\nV1\n", "line 6, column 2: '1' is not a residue"),
+    ("MK\n\nNaN\nMKV\n", "line 3, column 1: 'NaN' is a missing value, not a protein"),
+    ("id,text\n1,MK\n2,None\n", "line 3, column 1 of the text: 'None' is a missing value, not a protein"),
+    ('{"text": "MK"}\n{"text": "null"}\n', "line 2, column 1 of the text: 'null' is a missing value"),
+    ("MK\nMet-Lys-Thr\n", "line 2, column 1: three-letter names of residues; write one letter for each"),
     ("MK\n\nM?\n", "line 3, column 2: '?' is not a residue"),
     ("", "is empty"),
     (" \n\n", "is empty"),
@@ -78,6 +82,11 @@ def test_skipped_records_are_counted_by_reason_and_reported(tmp_path, capsys):
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 5
     assert "line 2: not a JSON object" in lines[0]
+
+
+def test_what_stands_under_a_header_of_fasta_is_a_sequence(tmp_path):
+    (tmp_path / "in").write_text(">a\nNA\n>b\nNaN\n")
+    assert run(tmp_path, tmp_path / "in")["outputs"]["text"]["dropped"] == {}
 
 
 def test_a_run_that_keeps_no_protein_fails(tmp_path):

@@ -46,6 +46,17 @@ def test_many_texts_are_encoded_in_place_and_bad_ones_are_empty():
     assert {index: problem.reason for index, problem in problems.items()} == {1: "not protein"}
 
 
+def test_missing_values_and_three_letter_names_are_no_proteins_unless_they_are_known_to_be_sequences():
+    missing, names = [b"NaN", b"nan", b" NA ", b"None", b"null", b"NULL"], [b"Met-Lys-Thr-Ala", b"ALA-GLY", b" met-lys"]
+    proteins = [b"NAN", b"Na", b"NAK", b"NONE", b"A-", b"MET-LYSV", b"MKT-A", b"Met", b"MET-LYS-THR-A", b""]
+    tokenizer = build_tokenizer("BertWordPieceCase", VOCAB)
+    encoded, problems = tokenizer.encode_many([*missing, b"N/A", b"#N/A", *names, *proteins])
+    assert [problem.reason for problem in problems.values()] == 8 * ["missing value"] + 3 * ["three-letter names"]
+    assert not any(encoded[:11]) and all(encoded[11:-1])
+    assert problems[2].found == "'NA' is a missing value, not a protein"
+    assert tokenizer.encode_many([*missing, *names], are_sequences=True)[1] == {}
+
+
 def test_an_unknown_tokenizer_is_refused():
     with pytest.raises(ValueError, match="GPT2BPETokenizer; it must be one of BertWordPieceLowerCase"):
         build_tokenizer("GPT2BPETokenizer", VOCAB)

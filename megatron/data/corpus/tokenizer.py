@@ -1,16 +1,18 @@
 """Turns residues into token ids, one id for each residue, by a lookup table of bytes.
 
 Residues may be separated by spaces or not, in upper or lower case. White space and the gap characters `-` and `.` are
-dropped; `*` may end a protein; a letter without a token (J) becomes the unknown token; any other character is an error.
+dropped; `*` may end a protein; a letter without a token (J) becomes the unknown token; any other character is an error,
+and so is a cell or line that is no sequence although its letters are residues: `NaN`, or `Met-Lys-Thr`.
 Ids are handled as bytes, one for each residue, until they are stored.
 """
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from megatron.data.corpus.vocab import RESIDUE_LETTERS, Vocab
+from megatron.data.corpus.vocab import RESIDUE_LETTERS, THREE_LETTERS, Vocab
 from megatron.errors import ResidueError, UserError, VocabError
 
 TOKENIZER_TYPES = ("BertWordPieceLowerCase", "BertWordPieceCase")
@@ -20,6 +22,10 @@ INTERNAL_STOP = "internal stop"
 
 _STOP, _BAD = 254, 255
 _NOT_PROTEIN = re.compile(rb"[^A-Za-z*\-.\s]")
+_MISSING = frozenset((b"nan", b"NaN", b"NA", b"N/A", b"#N/A", b"None", b"null", b"NULL"))
+_SHORT = 8  # bytes; a missing value is shorter, even with some white space around it
+_NAME = b"|".join(name.encode() for name in THREE_LETTERS)
+_NAMES = re.compile(rb"\s*(%b)(-(%b))+\s*" % (_NAME, _NAME), re.IGNORECASE)
 _RESIDUE_AFTER_STOP = re.compile(rb"\*[*\-.\s]*[A-Za-z]")
 
 
@@ -50,16 +56,17 @@ class ResidueTokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         """The ids of one text, uint16 [residues]; raises ResidueError."""
-        ids, problems = self.encode_many([text.encode(errors="replace")])
+        ids, problems = self.encode_many([text.encode(errors="replace")], are_sequences=True)
         if problems:
             problem = problems[0]
             raise ResidueError(f"column {problem.offset + 1}: {problem.found}")
         return np.frombuffer(ids[0], dtype=np.uint8).astype(np.uint16)
 
-    def encode_many(self, texts: list[bytes]) -> tuple[list[bytes], dict[int, Problem]]:
+    def encode_many(self, texts: list[bytes], are_sequences: bool = False) -> tuple[list[bytes], dict[int, Problem]]:
         """The ids of each text, one byte for each residue, and the problems by the index of the text.
 
-        A text that is not a protein has no ids.
+        A text that is not a protein has no ids. `are_sequences`: the texts are known to be sequences, as those under
+        the headers of FASTA are; otherwise a missing value such as `NaN`, and three-letter names, are problems.
         """
         table = self._table
         encoded = [text.translate(table, DROPPED) for text in texts]
@@ -72,6 +79,8 @@ class ResidueTokenizer:
                     problems[index] = _problem(texts[index])
                     protein = b""
                 encoded[index] = protein
+        for index, problem in () if are_sequences else _no_sequences(texts):
+            problems[index], encoded[index] = problem, b""
         return encoded, problems
 
 
@@ -95,6 +104,17 @@ def split_sentences(text: bytes) -> list[bytes]:
     except ImportError:
         raise ImportError("--split-sentences met a text with '.', which needs NLTK: pip install nltk") from None
     return [sentence.encode() for sentence in PunktSentenceTokenizer().tokenize(text.decode(errors="replace"))]
+
+
+def _no_sequences(texts: list[bytes]) -> Iterator[tuple[int, Problem]]:
+    """The index and the problem of each text that is a missing value, or residues by their three-letter names."""
+    if min(map(len, texts), default=_SHORT) >= _SHORT and b"-" not in b"".join(texts):
+        return  # nearly always, and fast
+    for index, text in enumerate(texts):
+        if len(text) < _SHORT and (value := text.strip()) in _MISSING:
+            yield index, Problem("missing value", 0, f"{value.decode()!r} is a missing value, not a protein")
+        elif b"-" in text[:_SHORT] and _NAMES.fullmatch(text):
+            yield index, Problem("three-letter names", 0, "three-letter names of residues; write one letter for each")
 
 
 def _problem(text: bytes) -> Problem:

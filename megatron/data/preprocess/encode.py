@@ -79,7 +79,7 @@ def encode_block(encoding: Encoding, block: RecordBlock) -> list[EncodedDocument
 def _encode_key(encoding: Encoding, block: RecordBlock, key: str, names: Texts) -> EncodedDocuments:
     """The block's documents under one key; raises DataError."""
     parsed = texts_of(block, key)
-    encoded, problems = encoding.tokenizer.encode_many(parsed.texts)
+    encoded, problems = encoding.tokenizer.encode_many(parsed.texts, are_sequences=block.kind == "fasta")
     parsed.bad = names.bad | parsed.bad
     bad = {index: found.reason for index, found in (problems | parsed.bad).items()}
     # Not for all: finding a place takes time, and every record may be bad.
@@ -162,7 +162,7 @@ def _sentence_lengths(encoding: Encoding, text: bytes) -> list[int]:
         sentences = split_sentences(text)
     except ImportError as error:
         raise DataError(str(error)) from None
-    return [len(ids) for ids in encoding.tokenizer.encode_many(sentences)[0] if ids]
+    return [len(ids) for ids in encoding.tokenizer.encode_many(sentences, are_sequences=True)[0] if ids]
 
 
 def _digest(ids: bytes) -> bytes:
