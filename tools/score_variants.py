@@ -1,10 +1,10 @@
 """Scores variants of proteins: `python tools/score_variants.py CHECKPOINT INPUT [INPUT ...] FOLDER [--scoring …]`.
 
-CHECKPOINT is anything that --load of pretrain_tape.py takes. INPUT are ProteinGym's CSVs (mutant such as A1P:D2N,
-mutated_sequence, DMS_score), folders of them, and lists, one mutant a line. FOLDER receives each as a CSV with a column
-of scores, higher for variants that are likelier to work, and a summary. With --heatmap, INPUT are proteins, all of
-whose substitutions are scored and drawn. Run again after a kill, it continues with the remaining files. Under torchrun
-the ranks share the work. See docs/variants.md.
+CHECKPOINT is anything that --load of pretrain_tape.py takes. INPUT are CSVs such as ProteinGym's (mutant, such as
+A1P:D2N, mutated_sequence, DMS_score) or MaveDB's (hgvs_pro), folders of them, and lists, one mutant a line. FOLDER
+receives each as a CSV with a column of scores, higher for variants that are likelier to work, and a summary. With
+--heatmap, INPUT are proteins, all of whose substitutions are scored and drawn. Run again after a kill, it continues
+with the remaining files. Under torchrun the ranks share the work. See docs/variants.md.
 """
 
 import argparse

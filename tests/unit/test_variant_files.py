@@ -38,9 +38,9 @@ def write(path, text):
     return path
 
 
-def read(path, keys=USUAL, **given):
+def read(path, keys=USUAL, scoring="masked-marginals", **given):
     wild_types = read_wild_types(given.get("sequence"), given.get("fasta"), given.get("reference"), VOCAB)
-    return read_assay("A", path, wild_types, letters_of(VOCAB), keys=keys)
+    return read_assay("A", path, wild_types, letters_of(VOCAB), keys=keys, scoring=scoring)
 
 
 def test_mutants_are_read_as_proteingym_writes_them():
@@ -77,21 +77,50 @@ urn:1#3,NA,NA,p.=,1.5
 def test_a_file_of_mavedb_is_read_and_its_measured_column_is_named(tmp_path):
     path = write(tmp_path / "A.csv", MAVEDB)
     assay = read(path, AssayKeys(measured="score"), sequence=WILD)
-    assert assay.mutants == [parse_mutant("A4V"), parse_mutant("K2R:T3T"), ()]
+    assert assay.variants == [parse_mutant("A4V"), parse_mutant("K2R:T3T"), ()]
     np.testing.assert_array_equal(assay.measured, [0.3, np.nan, 1.5])
     assert assay.identity != read(path, sequence=WILD).identity
     write(path, MAVEDB.replace("hgvs_pro", "change"))
-    assert read(path, AssayKeys("change", "score"), sequence=WILD).mutants == assay.mutants
+    assert read(path, AssayKeys("change", "score"), sequence=WILD).variants == assay.variants
     for keys, what in ((AssayKeys(), "no column 'mutant' among .*; --mutant-key names it"),
                        (AssayKeys("change", "DMS"), "no column 'DMS' among .*; --measured-key names what was")):
         with pytest.raises(DataError, match=what):
             read(path, keys, sequence=WILD)
 
 
+INDELS = f"""mutated_sequence,DMS_score
+{WILD[1:]},0.5
+{WILD}W,0.25
+M A{WILD},-1
+"""
+
+
+def test_insertions_and_deletions_are_read_for_pseudo_likelihoods(tmp_path):
+    path = write(tmp_path / "A.csv", INDELS)
+    assert read(path, scoring="pseudo-ppl").variants == [WILD[1:], WILD + "W", "MA" + WILD]
+    assert read(path, scoring="pseudo-ppl", sequence=WILD).variants[1] == WILD + "W"
+    with pytest.raises(DataError, match="no column 'mutant' among mutated_sequence, DMS_score; --mutant-key names it; "
+                                        "a mutated_sequence alone, .* can be scored by --scoring pseudo-ppl"):
+        read(path, sequence=WILD)
+
+
+@pytest.mark.parametrize(("row", "scoring", "what"), [
+    (",MKTAY", "masked-marginals", "line 3: has no mutant; a mutated_sequence alone, .* --scoring pseudo-ppl"),
+    (",NaN", "pseudo-ppl", "line 3: the protein has no residue"),
+    (",MK-A", "pseudo-ppl", "line 3: column 3: '-' is not a residue"),
+])
+def test_a_row_with_a_mutated_sequence_alone_is_a_variant_for_pseudo_likelihoods(row, scoring, what, tmp_path):
+    head = "mutant,mutated_sequence\nM1A,AKTAYIAKQR\n"
+    assert read(write(tmp_path / "A.csv", f"{head},MKTAY\n"), scoring="pseudo-ppl").variants == [
+        parse_mutant("M1A"), "MKTAY"]
+    with pytest.raises(DataError, match=what):
+        read(write(tmp_path / "A.csv", f"{head}{row}\n"), scoring=scoring)
+
+
 def test_the_wild_type_is_worked_out_where_it_is_not_given(tmp_path):
     assay = read(write(tmp_path / "A.csv", ASSAY))
     assert assay.wild_type == WILD
-    assert assay.mutants[1] == (Substitution(1, "K", "W"), Substitution(6, "A", "C"))
+    assert assay.variants[1] == (Substitution(1, "K", "W"), Substitution(6, "A", "C"))
     np.testing.assert_array_equal(assay.measured, [0.5, np.nan, -1.5, 0.25])
 
 
@@ -102,7 +131,7 @@ def test_columns_may_be_parted_by_what_preprocessing_takes(delimiter, name, end,
     (tmp_path / name).write_bytes("".join(line.replace(",", delimiter) + end for line in lines).encode())
     assay = read(tmp_path / name, sequence=WILD)
     assert (assay.table.columns, assay.table.rows[0]) == (["mutant", "DMS_score", "note"], ["M1A", "0.5", "a"])
-    assert [len(mutant) for mutant in assay.mutants] == [1, 2] and assay.measured[0] == 0.5
+    assert [len(mutant) for mutant in assay.variants] == [1, 2] and assay.measured[0] == 0.5
 
 
 def test_the_wild_type_of_a_reference_or_a_fasta_is_taken_by_the_name_of_the_file(tmp_path):
@@ -119,10 +148,10 @@ def test_the_wild_type_of_a_reference_or_a_fasta_is_taken_by_the_name_of_the_fil
 
 def test_a_list_is_any_other_file_and_both_may_be_packed(tmp_path):
     path = write(tmp_path / "A.txt", "M1A\n\n K2W:A7C\n")
-    assert len(read(path, sequence=WILD).mutants) == 2
+    assert len(read(path, sequence=WILD).variants) == 2
     for header in ("mutant", "hgvs_pro"):
         headed = read(write(path, f"{header}\nM1A\n"), sequence=WILD)
-        assert (headed.table.columns, headed.mutants, headed.table.lines) == ([header], [parse_mutant("M1A")], [2])
+        assert (headed.table.columns, headed.variants, headed.table.lines) == ([header], [parse_mutant("M1A")], [2])
     packed = tmp_path / "B.csv.gz"
     packed.write_bytes(gzip.compress(("\ufeff" + ASSAY.replace("\n", "\r\n")).encode()))
     assert read(packed).wild_type == WILD
@@ -261,6 +290,18 @@ def test_scores_of_a_file_of_mavedb_stand_beside_its_own_and_the_wild_type_has_z
     wild = write(tmp_path / "wild.txt", "p.=\n")
     run(saved(tmp_path / "run"), wild, tmp_path / "again", "--sequence", WILD)
     assert (tmp_path / "again" / "wild.csv").read_text() == "mutant,score\np.=,0.000000\n"
+
+
+def test_insertions_and_deletions_have_the_scores_of_the_same_proteins_as_substitutions(tmp_path, capsys):
+    model, indels = saved(tmp_path / "run"), write(tmp_path / "indels.csv", f"{INDELS}AKTAYIAKQR,1\n")
+    listed = write(tmp_path / "listed.txt", "M1A\n")
+    run(model, indels, listed, tmp_path / "out", "--sequence", WILD, "--scoring", "pseudo-ppl")
+    rows = [list(csv.DictReader((tmp_path / "out" / f"{name}.csv").open())) for name in ("indels", "listed")]
+    assert float(rows[0][3]["score"]) == pytest.approx(float(rows[1][0]["score"]), abs=1e-5)
+    assert len({row["score"] for row in rows[0]}) == 4
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())["assays"]["indels"]
+    assert (summary["variants"], summary["skipped"]) == (4, 0) and summary["spearman"] is not None
+    assert "indels: 4 variants, Spearman" in capsys.readouterr().out
 
 
 def test_variants_that_cannot_be_scored_are_left_out_and_keep_their_rows_where_that_is_asked_for(tmp_path, capsys):

@@ -19,10 +19,10 @@ TOKENIZER_TYPES = ("BertWordPieceLowerCase", "BertWordPieceCase")
 GAPS = (b"-", b".")
 DROPPED = b" \t\n\r\v\f" + b"".join(GAPS)
 INTERNAL_STOP = "internal stop"
+MISSING_VALUES = frozenset((b"nan", b"NaN", b"NA", b"N/A", b"#N/A", b"None", b"null", b"NULL"))
 
 _STOP, _BAD = 254, 255
 _NOT_PROTEIN = re.compile(rb"[^A-Za-z*\-.\s]")
-_MISSING = frozenset((b"nan", b"NaN", b"NA", b"N/A", b"#N/A", b"None", b"null", b"NULL"))
 _SHORT = 8  # bytes; a missing value is shorter, even with some white space around it
 _NAME = b"|".join(name.encode() for name in THREE_LETTERS)
 _NAMES = re.compile(rb"\s*(%b)(-(%b))+\s*" % (_NAME, _NAME), re.IGNORECASE)
@@ -111,7 +111,7 @@ def _no_sequences(texts: list[bytes]) -> Iterator[tuple[int, Problem]]:
     if min(map(len, texts), default=_SHORT) >= _SHORT and b"-" not in b"".join(texts):
         return  # nearly always, and fast
     for index, text in enumerate(texts):
-        if len(text) < _SHORT and (value := text.strip()) in _MISSING:
+        if len(text) < _SHORT and (value := text.strip()) in MISSING_VALUES:
             yield index, Problem("missing value", 0, f"{value.decode()!r} is a missing value, not a protein")
         elif b"-" in text[:_SHORT] and _NAMES.fullmatch(text):
             yield index, Problem("three-letter names", 0, "three-letter names of residues; write one letter for each")

@@ -12,21 +12,26 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron.data.corpus.tokenizer import MISSING_VALUES
 from megatron.errors import DataError, ResidueError
 from megatron.infer.skipped import REMEDY, Skipped
 from megatron.infer.variants.mutants import (
     Mutant,
+    Variant,
     check_mutant,
     check_protein,
     mutated,
     parse_mutant,
     wild_type_of,
 )
+from megatron.infer.variants.scores import MASKED, PSEUDO
 from megatron.infer.variants.tables import TextTable, read_csv, read_list
 from megatron.infer.variants.wild_types import AssayReference, WildTypes
 
 MUTANT, HGVS, MUTATED, MEASURED = "mutant", "hgvs_pro", "mutated_sequence", "DMS_score"
 TABLES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")  # what files of columns end in
+_NEEDS_PSEUDO = (f"a {MUTATED} alone, as of insertions and deletions, can be scored by --scoring {PSEUDO}: the others "
+                 "score substitutions")
 _DECIMAL_COMMA = re.compile(r"[+-]?\d*,\d+([eE][+-]?\d+)?")
 
 
@@ -37,10 +42,18 @@ class AssayKeys:
     mutant: str | None = None
     measured: str | None = None
 
-    def mutants(self, table: TextTable) -> list[str]:
-        """The column of mutants, usually `mutant` or, as in MaveDB, `hgvs_pro`; raises DataError if there is none."""
+    def mutants(self, table: TextTable, scoring: str) -> list[str]:
+        """The column of mutants, usually `mutant` or, as in MaveDB, `hgvs_pro`.
+
+        If there is none, all are empty where `mutated_sequence` is enough for the scoring; else raises DataError.
+        """
         usual = HGVS if MUTANT not in table.columns and table.columns.count(HGVS) == 1 else MUTANT
-        return table.needed(self.mutant or usual, "--mutant-key names it")
+        remedy = "--mutant-key names it"
+        if self.mutant is None and usual not in table.columns and MUTATED in table.columns:
+            if scoring == PSEUDO:
+                return [""] * len(table.rows)
+            remedy += f"; {_NEEDS_PSEUDO}"
+        return table.needed(self.mutant or usual, remedy)
 
     def measurements(self, table: TextTable) -> list[str] | None:
         """The column of what was measured, usually `DMS_score`, and None if that is missing; raises DataError if one
@@ -63,7 +76,7 @@ class Assay:
     keys: AssayKeys
     wild_type: str
     places: list[int]
-    mutants: list[Mutant]
+    variants: list[Variant]
     measured: np.ndarray | None
     entry: AssayReference
 
@@ -97,30 +110,31 @@ def files_of(inputs: Sequence[Path], reference: Path | None) -> dict[str, Path]:
 
 
 def read_assay(name: str, path: Path, wild_types: WildTypes, letters: Collection[str], offset: int = 1,
-               skipped: Skipped | None = None, keys: AssayKeys = AssayKeys()) -> Assay:
+               skipped: Skipped | None = None, keys: AssayKeys = AssayKeys(), scoring: str = MASKED) -> Assay:
     """The variants of a file that fit their wild type; `letters`: the residues of the vocabulary.
 
+    `scoring`: by pseudo-ppl also those that have only a mutated sequence, for which no wild type is needed.
     Variants that do not fit are counted in `skipped` and left out; if that is None, the first of them raises DataError.
     Faults of the whole file always raise DataError.
     """
     entry = wild_types.of(path, name)
-    is_table = path.name.endswith(TABLES)
-    table = read_csv(path, takes_uneven=True) if is_table else read_list(path, [keys.mutant or MUTANT, MUTANT, HGVS])
-    texts, sequences, measurements = keys.mutants(table), table.column(MUTATED), keys.measurements(table)
+    table = (read_csv(path, takes_uneven=True) if path.name.endswith(TABLES) else
+             read_list(path, [keys.mutant or MUTANT, MUTANT, HGVS]))
+    texts, sequences, measurements = keys.mutants(table, scoring), _sequences(table), keys.measurements(table)
     if not texts:
         raise DataError(f"{path}: holds no variant")
     if entry is None and sequences is None:
         raise DataError(f"{path}: says nothing of the wild type; give --sequence, --fasta or --reference, or a column "
                         f"{MUTATED}")
-    if sequences is not None:
-        sequences = ["".join(sequence.split()).upper() for sequence in sequences]
     wild_type = entry.wild_type if entry is not None else _worked_out(texts, sequences or (), letters, offset)
-    places, mutants, measured = list[int](), list[Mutant](), list[float]()
+    places, variants, measured = list[int](), list[Variant](), list[float]()
     for at, text in enumerate(texts):
         try:
             if at in table.uneven:
                 raise ResidueError(table.uneven[at])
-            mutant = _fitting(text, None if sequences is None else sequences[at], wild_type, letters, offset)
+            sequence = None if sequences is None else sequences[at]
+            variant = (_by_sequence(sequence, letters, scoring) if sequence is not None and not text.strip() else
+                       _fitting(text, sequence, wild_type, letters, offset))
             value = math.nan if measurements is None else _measured(measurements[at], keys.measured or MEASURED)
         except ResidueError as error:
             finding = f"{path}: line {table.lines[at]}: {error}"
@@ -129,10 +143,17 @@ def read_assay(name: str, path: Path, wild_types: WildTypes, letters: Collection
             skipped.add("cannot be scored", finding)
             continue
         places.append(at)
-        mutants.append(mutant)
+        variants.append(variant)
         measured.append(value)
-    return Assay(name, table, keys, wild_type, places, mutants, None if measurements is None else np.array(measured),
+    return Assay(name, table, keys, wild_type, places, variants, None if measurements is None else np.array(measured),
                  entry or AssayReference(wild_type))
+
+
+def _sequences(table: TextTable) -> list[str] | None:
+    """The mutated sequences in upper case, without white space, empty where they are missing; None without a column."""
+    found = table.column(MUTATED)
+    return found and ["" if text.strip().encode() in MISSING_VALUES else "".join(text.split()).upper()
+                      for text in found]
 
 
 def _worked_out(texts: Sequence[str], sequences: Sequence[str], letters: Collection[str], offset: int) -> str:
@@ -142,6 +163,14 @@ def _worked_out(texts: Sequence[str], sequences: Sequence[str], letters: Collect
         with suppress(ResidueError):
             found[wild_type_of(sequence, parse_mutant(text, offset), offset)] += 1
     return next((protein for protein, _ in found.most_common() if set(protein) <= set(letters)), "")
+
+
+def _by_sequence(sequence: str, letters: Collection[str], scoring: str) -> str:
+    """A mutated sequence that no mutant describes; raises ResidueError if it, or the scoring, is not fit for that."""
+    if scoring != PSEUDO:
+        raise ResidueError(f"has no mutant; {_NEEDS_PSEUDO}")
+    check_protein(sequence, letters)
+    return sequence
 
 
 def _fitting(text: str, sequence: str | None, wild_type: str, letters: Collection[str], offset: int) -> Mutant:

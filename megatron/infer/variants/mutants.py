@@ -26,6 +26,7 @@ class Substitution(NamedTuple):
 
 
 Mutant = tuple[Substitution, ...]
+Variant = Mutant | str  # a str: the whole mutated protein, of which no substitutions are known
 
 
 def letters_of(vocab: Vocab) -> frozenset[str]:
@@ -71,12 +72,15 @@ def check_mutant(mutant: Mutant, wild_type: str, letters: Collection[str], offse
             raise ResidueError(f"{name}: {other} is not in the model's vocabulary")
 
 
-def has_score(mutant: Mutant) -> bool:
-    """Whether every substitution replaces one of the 20 standard amino acids by another of them.
+def has_score(variant: Variant) -> bool:
+    """Whether every substitution replaces one of the 20 standard amino acids by another of them, or, if the whole
+    protein is given, it has one of them.
 
     Models hardly ever see the other letters (X, B, Z, U, O), so their probabilities say nothing about the protein.
     """
-    return all(one.wild in AMINO_ACIDS and one.mutant in AMINO_ACIDS for one in mutant)
+    if isinstance(variant, str):
+        return bool(standard_sites(variant))
+    return all(one.wild in AMINO_ACIDS and one.mutant in AMINO_ACIDS for one in variant)
 
 
 def standard_sites(protein: str) -> list[int]:
@@ -93,9 +97,10 @@ def check_protein(protein: str, letters: Collection[str]) -> None:
             raise ResidueError(f"column {number}: {letter!r} is not a residue of the model's vocabulary")
 
 
-def mutated(wild_type: str, mutant: Mutant) -> str:
-    """The protein with a mutant's substitutions applied."""
-    return _with_letters(wild_type, [(one.site, one.mutant) for one in mutant])
+def mutated(wild_type: str, variant: Variant) -> str:
+    """The protein with a variant's substitutions applied."""
+    return variant if isinstance(variant, str) else _with_letters(wild_type, [(one.site, one.mutant)
+                                                                              for one in variant])
 
 
 def wild_type_of(mutated_sequence: str, mutant: Mutant, offset: int = 1) -> str:

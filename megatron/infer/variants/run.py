@@ -59,12 +59,12 @@ def score_files(pretrained: Pretrained, files: Mapping[str, Path], wild_types: W
         log.line(f"{len(files) - len(left)} of {len(files)} files are done already in {record.folder}")
     for name in left:
         start_s, skipped = time.monotonic(), Skipped() if way.skips else None
-        assay = read_assay(name, files[name], wild_types, letters, way.offset, skipped, way.keys)
-        copies = num_copies(way.scoring, assay.wild_type, assay.mutants, way.longest)
+        assay = read_assay(name, files[name], wild_types, letters, way.offset, skipped, way.keys, way.scoring)
+        copies = num_copies(way.scoring, assay.wild_type, assay.variants, way.longest)
         with closing(log.progress(-(-copies // pretrained.mesh.data.size), 0, "sequence", name)) as bar:
-            scores = scores_of(pretrained, way.scoring, assay.wild_type, assay.mutants, way.longest, way.budget,
+            scores = scores_of(pretrained, way.scoring, assay.wild_type, assay.variants, way.longest, way.budget,
                                bar.update)
-        is_scored = np.array([has_score(mutant) for mutant in assay.mutants])
+        is_scored = np.array([has_score(variant) for variant in assay.variants])
         _check_finite(scores[is_scored], name)
         if writes:
             facts = facts_of(assay, scores) | {"seconds": round(time.monotonic() - start_s, 3)}
@@ -72,8 +72,9 @@ def score_files(pretrained: Pretrained, files: Mapping[str, Path], wild_types: W
             write_csv(record.folder / f"{name}.csv", [*assay.table.columns, way.column],
                       ([*row, texts.get(place, "")] for place, row in enumerate(assay.table.rows)))
             record.tell(ASSAYS, name, facts)
+            sites = f" at {facts['sites']:,} sites" if facts["sites"] else ""
             found = "" if facts["spearman"] is None else f", Spearman {facts['spearman']:.3f}"
-            log.line(f"{name}: {len(texts):,} variants at {facts['sites']:,} sites{found}, {facts['seconds']:.1f} s"
+            log.line(f"{name}: {len(texts):,} variants{sites}{found}, {facts['seconds']:.1f} s"
                      + _without_score(len(scores) - len(texts)))
 
 
@@ -96,17 +97,17 @@ def _left(files: Mapping[str, Path], wild_types: WildTypes, way: Way, letters: C
         if path.resolve() == (record.folder / f"{name}.csv").resolve():
             raise DataError(f"{record.folder}: {path} itself lies there; give another folder")
         skipped = Skipped() if way.skips else None
-        assay = read_assay(name, path, wild_types, letters, way.offset, skipped, way.keys)
+        assay = read_assay(name, path, wild_types, letters, way.offset, skipped, way.keys, way.scoring)
         if way.column in assay.table.columns:
             raise DataError(f"{path}: line 1: has a column {way.column!r} already; --score-column names the new one")
-        if assay.mutants and not any(map(has_score, assay.mutants)):
+        if assay.variants and not any(map(has_score, assay.variants)):
             raise DataError(f"{path}: no variant can be scored: each has a residue, of the wild type or in its place, "
                             f"that is none of the 20 standard amino acids ({AMINO_ACIDS}); leave the file out")
         _check_place(record, name, [*assay.table.columns, way.column])
         if not (record.is_done(ASSAYS, name, assay.identity) and (record.folder / f"{name}.csv").exists()):
             left.append(name)
             if skipped is not None:
-                skipped.num_left = len(assay.mutants)
+                skipped.num_left = len(assay.variants)
                 skipped.tell(str(path), log, "variant")
         elif writes and (known := record.assays()[name]) | (said := assay.said) != known:
             record.tell(ASSAYS, name, said)
@@ -133,7 +134,7 @@ def facts_of(assay: Assay, scores: np.ndarray) -> dict[str, Any]:
 
     `skipped`: the number of variants without a score, for any reason.
     """
-    scored = [mutant for mutant in assay.mutants if has_score(mutant)]
+    scored = [variant for variant in assay.variants if has_score(variant)]
     facts: dict[str, Any] = {"file": str(assay.table.path), "identity": assay.identity, "variants": len(scored),
              "skipped": len(assay.table.rows) - len(scored), "sites": len(sites_of(scored)),
              "residues": len(assay.wild_type), **assay.said, "spearman": None, "interval": None}

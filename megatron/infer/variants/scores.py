@@ -11,14 +11,13 @@ out and takes at each masked place the probability of the residue behind it.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from itertools import groupby
 
 import numpy as np
 
 from megatron.infer.predictions import copy_of, log_probabilities
 from megatron.infer.pretrained import Pretrained
-from megatron.infer.variants.mutants import Mutant, has_score, mutated, standard_sites
+from megatron.infer.variants.mutants import Mutant, Variant, has_score, mutated, standard_sites
 from megatron.infer.windows import window_around
 from megatron.parallel.collectives import all_gather_in_turn
 
@@ -29,19 +28,24 @@ MARGINALS = (MASKED, WILD_TYPE)
 Progress = Callable[[int], object]
 
 
-def scores_of(pretrained: Pretrained, scoring: str, wild_type: str, mutants: Sequence[Mutant], longest: int | None,
+def scores_of(pretrained: Pretrained, scoring: str, wild_type: str, variants: Sequence[Variant], longest: int | None,
               budget: int | None = None, progress: Progress = lambda copies: None) -> np.ndarray:
-    """The score of each mutant by one of SCORINGS, fp64 [mutants]; nan for a mutant for which `has_score` is False.
+    """The score of each variant by one of SCORINGS, fp64 [variants]; nan for one for which `has_score` is False.
 
+    Variants whose substitutions are not known can be scored by pseudo-ppl alone; the wild type is not used for them.
     `longest`: the most residues in a window, None for whole proteins. `budget` and `progress` as in
     `log_probabilities`; progress counts this rank's share. Data ranks divide the work; all ranks must call this
     together, and each gets the same result.
     """
-    distinct = list(dict.fromkeys(filter(has_score, mutants)))
-    score = _pseudo_likelihoods if scoring == PSEUDO else partial(_marginals, scoring=scoring)
-    found = score(pretrained, wild_type, distinct, longest, budget, progress) if distinct else ()
-    of_mutant = dict(zip(distinct, found, strict=True))
-    return np.array([of_mutant.get(mutant, np.nan) for mutant in mutants])
+    distinct = list(dict.fromkeys(filter(has_score, variants)))
+    if scoring == PSEUDO:
+        found = _pseudo_likelihoods(pretrained, wild_type, distinct, longest, budget, progress)
+    else:
+        mutants = [variant for variant in distinct if not isinstance(variant, str)]
+        assert len(mutants) == len(distinct), "only pseudo-ppl scores proteins whose substitutions are not known"
+        found = _marginals(pretrained, wild_type, mutants, longest, budget, progress, scoring)
+    of_variant = dict(zip(distinct, found, strict=True))
+    return np.array([of_variant.get(variant, np.nan) for variant in variants])
 
 
 def site_table(pretrained: Pretrained, scoring: str, wild_type: str, sites: Sequence[int], longest: int | None,
@@ -55,17 +59,17 @@ def site_table(pretrained: Pretrained, scoring: str, wild_type: str, sites: Sequ
     return np.concatenate(all_gather_in_turn(list(log_probabilities(pretrained, copies, budget, progress)), axis))
 
 
-def num_copies(scoring: str, wild_type: str, mutants: Sequence[Mutant], longest: int | None) -> int:
+def num_copies(scoring: str, wild_type: str, variants: Sequence[Variant], longest: int | None) -> int:
     """How many copies of a protein all ranks together compute in `scores_of`."""
-    distinct = set(filter(has_score, mutants))
+    distinct = set(filter(has_score, variants))
     if scoring == PSEUDO:
-        return len(distinct) * len(standard_sites(wild_type))
+        return sum(len(standard_sites(mutated(wild_type, variant))) for variant in distinct)
     return len(together(scoring, sites_of(distinct), len(wild_type), longest))
 
 
-def sites_of(mutants: Iterable[Mutant]) -> list[int]:
-    """All sites that any of the mutants substitutes, ascending, from 0."""
-    return sorted({one.site for mutant in mutants for one in mutant})
+def sites_of(variants: Iterable[Variant]) -> list[int]:
+    """All sites that any of the variants is known to substitute, ascending, from 0."""
+    return sorted({one.site for variant in variants if not isinstance(variant, str) for one in variant})
 
 
 def together(scoring: str, sites: Sequence[int], num_residues: int, longest: int | None) -> list[list[int]]:
@@ -88,15 +92,16 @@ def _marginals(pretrained: Pretrained, wild_type: str, mutants: Sequence[Mutant]
                 for one in mutant) for mutant in mutants]
 
 
-def _pseudo_likelihoods(pretrained: Pretrained, wild_type: str, mutants: Sequence[Mutant], longest: int | None,
+def _pseudo_likelihoods(pretrained: Pretrained, wild_type: str, variants: Sequence[Variant], longest: int | None,
                         budget: int | None, progress: Progress) -> list[float]:
-    axis, sites = pretrained.mesh.data, standard_sites(wild_type)
-    mine = mutants[axis.rank::axis.size]
+    axis = pretrained.mesh.data
+    mine = [mutated(wild_type, variant) for variant in variants[axis.rank::axis.size]]
     copies = (copy_of(pretrained, residues, [site], longest, is_masked=True)
-              for residues in (_ids(pretrained, mutated(wild_type, mutant)) for mutant in mine) for site in sites)
+              for residues, protein in ((_ids(pretrained, protein), protein) for protein in mine)
+              for site in standard_sites(protein))
     found = log_probabilities(pretrained, copies, budget, progress)
-    sums = [sum(float(next(found)[0, residue]) for residue in _ids(pretrained, mutated(wild_type, mutant))[sites])
-            for mutant in mine]
+    sums = [sum(float(next(found)[0, residue]) for residue in _ids(pretrained, protein)[standard_sites(protein)])
+            for protein in mine]
     return all_gather_in_turn(sums, axis)
 
 
