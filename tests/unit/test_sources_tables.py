@@ -7,6 +7,7 @@ import pytest
 from megatron.data.preprocess.flags import PreprocessConfig
 from megatron.data.preprocess.run import preprocess
 from megatron.data.sources import streams
+from megatron.data.sources.source import Source, records_of, texts_of
 from tests.unit.protein_files import damaged, ids_of
 
 
@@ -38,6 +39,7 @@ def test_several_columns_give_an_output_each(tmp_path):
     (b"id,Sequence\nP1,MKV\n", "is CSV with no column 'text'; it has 'id', 'Sequence'. --json-keys names the column: "
                                "--json-keys Sequence"),
     (b"Entry\tprotein_sequence\nP1\tMKV\n", "is TSV with no column 'text'; .* --json-keys protein_sequence"),
+    (b"Ver\xe4nd;seqs\n1;MKV\n", "it has 'Ver\xe4nd', 'seqs'"),
     (b"sequence\nMKVLLA\n", "is CSV with no column 'text'; it has 'sequence'.* --json-keys sequence$"),
     (b"SEQ\nMKVLLA\n", "is CSV with no column 'text'; it has 'SEQ'"),
     (b"seq,primary\nMKV,M\n", "it has 'seq', 'primary'. --json-keys names the column$"),
@@ -52,6 +54,14 @@ def test_several_columns_give_an_output_each(tmp_path):
     (b"text\n", "holds no record")])
 def test_what_is_wrong_in_a_table_is_one_clear_line(tmp_path, data, message):
     assert re.search(message, damaged(tmp_path, data))
+
+
+def test_a_column_in_the_encoding_of_excel_can_be_named_and_read(tmp_path):
+    (tmp_path / "in").write_bytes(b"Ver\xe4nd;note\nMKV;caf\xe9 \x96\nM;x\n")
+    (block,) = Source(str(tmp_path / "in")).blocks()
+    assert [record["note"] for _, record in records_of(block)] == ["caf\xe9 \u2013", "x"]
+    (block,) = Source(str(tmp_path / "in")).blocks(("Ver\xe4nd",))
+    assert texts_of(block, "Ver\xe4nd").texts == [b"MKV", b"M"]
 
 
 def test_a_quote_that_takes_the_next_lines_with_it_is_never_skipped(tmp_path):

@@ -166,6 +166,29 @@ def test_a_folder_stands_for_its_csvs_but_the_reference(tmp_path):
         files_of([tmp_path, tmp_path / "a.csv"], None)
 
 
+EXCEL = b"mutant;Ver\xe4nd;note\r\nM1A;0.5;\xe9\r\nR10E;1;x\r\n"
+
+
+def test_columns_in_the_encoding_of_excel_are_read_and_written_as_they_are(tmp_path):
+    path = tmp_path / "A.csv"
+    path.write_bytes(EXCEL)
+    np.testing.assert_array_equal(read(path, AssayKeys(measured="Ver\xe4nd"), sequence=WILD).measured, [0.5, 1])
+    with pytest.raises(DataError, match="there is no column 'mut' among mutant, Ver\xe4nd, note"):
+        read(path, AssayKeys("mut"), sequence=WILD)
+    for _ in range(2):  # the second finds its own file
+        run(saved(tmp_path / "run"), path, tmp_path / "out", "--sequence", WILD)
+        lines = (tmp_path / "out" / "A.csv").read_bytes().splitlines()
+        assert lines[0] == b"mutant,Ver\xe4nd,note,score" and lines[1].startswith(b"M1A,0.5,\xe9,")
+        (tmp_path / "out" / "summary.json").unlink()
+
+
+@pytest.mark.parametrize("content", [EXCEL.decode("latin-1").encode("utf-16"), b"PK\x03\x04\x00\x00"])
+def test_a_table_that_is_no_text_is_refused(content, tmp_path):
+    (tmp_path / "A.csv").write_bytes(content)
+    with pytest.raises(DataError, match="A.csv: is binary or UTF-16; save it as text in UTF-8"):
+        read(tmp_path / "A.csv", sequence=WILD)
+
+
 @pytest.mark.parametrize(("text", "what"), [
     ("", "A.csv: is empty"),
     ("\n \n", "A.csv: is empty"),

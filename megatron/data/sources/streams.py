@@ -144,6 +144,14 @@ def with_unix_line_ends(chunks: Iterable[bytes], lone: bytes = b"\n") -> Iterato
         yield lone
 
 
+def decoded(data: bytes) -> str:
+    """Text that is UTF-8, or else Windows-1252, in which Excel writes CSV; U+FFFD for five bytes that this lacks."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return data.decode("cp1252", errors="replace")
+
+
 def cut(chunks: Iterable[bytes], separator: bytes, path: str) -> Iterator[bytes]:
     r"""Blocks of about BLOCK_BYTES that end after the first byte of a `separator`: the line end of `\n` and of `\n>`.
 

@@ -47,9 +47,9 @@ class AssayKeys:
 
         If there is none, all are empty where `mutated_sequence` is enough for the scoring; else raises DataError.
         """
-        usual = HGVS if MUTANT not in table.columns and table.columns.count(HGVS) == 1 else MUTANT
+        usual = HGVS if MUTANT not in table.names and table.names.count(HGVS) == 1 else MUTANT
         remedy = "--mutant-key names it"
-        if self.mutant is None and usual not in table.columns and MUTATED in table.columns:
+        if self.mutant is None and usual not in table.names and MUTATED in table.names:
             if scoring == PSEUDO:
                 return [""] * len(table.rows)
             remedy += f"; {_NEEDS_PSEUDO}"

@@ -98,7 +98,7 @@ def _left(files: Mapping[str, Path], wild_types: WildTypes, way: Way, letters: C
             raise DataError(f"{record.folder}: {path} itself lies there; give another folder")
         skipped = Skipped() if way.skips else None
         assay = read_assay(name, path, wild_types, letters, way.offset, skipped, way.keys, way.scoring)
-        if way.column in assay.table.columns:
+        if way.column in assay.table.names:
             raise DataError(f"{path}: line 1: has a column {way.column!r} already; --score-column names the new one")
         if assay.variants and not any(map(has_score, assay.variants)):
             raise DataError(f"{path}: no variant can be scored: each has a residue, of the wild type or in its place, "

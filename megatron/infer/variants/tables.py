@@ -8,15 +8,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron.data.sources.looks import HEAD_BYTES, delimiter_of
-from megatron.data.sources.streams import InputStream, unpacked
+from megatron.data.sources.streams import InputStream, decoded, unpacked
 from megatron.errors import DataError
-from megatron.files import write_text
+from megatron.files import replacing
+
+_ANY_BYTES = "surrogateescape"  # how bytes that are not UTF-8 are kept
 
 
 @dataclass(frozen=True)
 class TextTable:
     """The contents of a file as text: columns, rows, and the line number (from 1) at which each row ends.
 
+    Bytes that are not UTF-8, as in files of Excel, are surrogate escapes in `columns` and `rows`, so that `write_csv`
+    writes them as they were; `names`, `column` and `needed` give them as readable text.
     `digest`: of the file as stored, which may be compressed. `uneven`: by row index from 0, what is wrong with the
     number of fields.
     """
@@ -28,18 +32,23 @@ class TextTable:
     digest: str
     uneven: dict[int, str] = field(default_factory=dict)
 
+    @property
+    def names(self) -> list[str]:
+        """The names of the columns."""
+        return [_readable(name) for name in self.columns]
+
     def column(self, name: str) -> list[str] | None:
         """The values of a column; None if there is no column of that name."""
-        if name not in self.columns:
+        if name not in self.names:
             return None
-        at = self.columns.index(name)
-        return [row[at] for row in self.rows]
+        at = self.names.index(name)
+        return [_readable(row[at]) for row in self.rows]
 
     def needed(self, name: str, remedy: str = "name one so") -> list[str]:
         """As `column`, but raises DataError, which ends in `remedy`, if there is no column of that name."""
         found = self.column(name)
         if found is None:
-            raise DataError(f"{self.path}: line 1: there is no column {name!r} among {', '.join(self.columns)}; "
+            raise DataError(f"{self.path}: line 1: there is no column {name!r} among {', '.join(self.names)}; "
                             f"{remedy}")
         return found
 
@@ -51,7 +60,7 @@ def read_csv(path: Path, takes_uneven: bool = False) -> TextTable:
     or fill up rows with more or fewer fields than the header, and record them in `uneven`; otherwise they are an error.
     """
     text, digest = _text(path)
-    delimiter = (delimiter_of("\n".join(text[:HEAD_BYTES].splitlines()).encode()) or b",").decode()
+    delimiter = (delimiter_of("\n".join(text[:HEAD_BYTES].splitlines()).encode(errors=_ANY_BYTES)) or b",").decode()
     reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
     columns, rows, lines, uneven = list[str](), list[list[str]](), list[int](), dict[int, str]()
     try:
@@ -91,14 +100,20 @@ def read_list(path: Path, names: Sequence[str]) -> TextTable:
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Write a CSV, completely or not at all."""
-    write_text(path, _as_csv([columns, *rows]))
+    with replacing(path) as temporary:
+        temporary.write_bytes(_as_csv([columns, *rows]).encode(errors=_ANY_BYTES))
 
 
 def has_header(path: Path, columns: Sequence[str]) -> bool:
     """Whether a file of any kind begins with the header that `write_csv` writes for these columns."""
-    header = _as_csv([columns])
-    with path.open(encoding="utf-8", errors="replace", newline="") as file:
+    header = _as_csv([columns]).encode(errors=_ANY_BYTES)
+    with path.open("rb") as file:
         return file.read(len(header)) == header
+
+
+def _readable(text: str) -> str:
+    """Text with its surrogate escapes read as Windows-1252."""
+    return decoded(text.encode(errors=_ANY_BYTES))
 
 
 def _as_csv(rows: Iterable[Sequence[str]]) -> str:
@@ -118,11 +133,9 @@ def _text(path: Path) -> tuple[str, str]:
         stream.drain()
     finally:
         stream.close()
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path}: line {line}: is not UTF-8 text") from None
+    if b"\0" in content:
+        raise DataError(f"{path}: is binary or UTF-16; save it as text in UTF-8")
+    text = content.decode("utf-8-sig", errors=_ANY_BYTES)
     if not text.strip():
         raise DataError(f"{path}: is empty")
     return text, digest.hexdigest()

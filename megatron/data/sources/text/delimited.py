@@ -13,7 +13,7 @@ from functools import partial
 from megatron.data.sources.binary.columns import check_columns, check_distinct
 from megatron.data.sources.block import BadRecord, Contents, RecordBlock, Texts, WantedKeys, collected
 from megatron.data.sources.looks import HEAD_BYTES, delimiter_of
-from megatron.data.sources.streams import MAX_RECORD_BYTES
+from megatron.data.sources.streams import MAX_RECORD_BYTES, decoded
 from megatron.data.sources.text.records import line_blocks, line_of, num_blank_lines
 from megatron.errors import DataError
 
@@ -36,7 +36,7 @@ def delimited_blocks(contents: Contents, wanted: WantedKeys) -> Iterator[RecordB
     fields = _fields(head.partition(b"\n")[0], delimiter)
     if isinstance(fields, BadRecord):
         raise DataError(f"{contents.source}: line {contents.line}: {fields.message}; expected the columns' names")
-    header = tuple(field.decode(errors="replace").strip() for field in fields)
+    header = tuple(decoded(field).strip() for field in fields)
     check_columns(contents.source, _KIND_NAMES[delimiter], header, wanted)
     contents.chunks.skip_line()
     contents.line += 1
@@ -61,7 +61,7 @@ def records_in_delimited(block: RecordBlock) -> Iterator[tuple[int, dict[str, st
     check_distinct(block.source, block.records.header)
     for line, row in _rows(block):
         yield line, row if isinstance(row, BadRecord) else {
-            name: field.decode(errors="replace").strip()
+            name: decoded(field).strip()
             for name, field in zip(block.records.header, row, strict=True)}
 
 

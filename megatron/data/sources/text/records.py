@@ -21,7 +21,7 @@ from megatron.data.sources.block import (
     collected,
     text_under,
 )
-from megatron.data.sources.streams import cut
+from megatron.data.sources.streams import cut, decoded
 from megatron.errors import DataError
 
 _BLANK_BYTES = 1 << 16
@@ -39,7 +39,7 @@ def fasta_blocks(contents: Contents, wanted: WantedKeys) -> Iterator[RecordBlock
         skip_blank_lines(contents)
     head = contents.chunks.peek(40)
     if not head.startswith(b">"):
-        found = f"{head.splitlines()[0].decode(errors='replace')!r}" if head else "nothing"
+        found = f"{decoded(head.splitlines()[0])!r}" if head else "nothing"
         raise DataError(f"{contents.source}: line {contents.line}: comments, and behind them {found}; expected the "
                         "header of a FASTA record, which begins with '>'")
     return line_blocks(contents, "fasta", b"\n>")
@@ -83,7 +83,7 @@ def records_in_fasta(block: RecordBlock) -> Iterator[tuple[int, dict[str, str]]]
     """The line of each FASTA record, and its name and residues as `id` and `sequence`."""
     for line, header, text in _fasta_records(block):
         name = b"".join(header.split(None, 1)[:1])
-        yield line, {DEFAULT_NAME_KEY: name.decode(errors="replace"), SEQUENCE_KEY: text.decode(errors="replace")}
+        yield line, {DEFAULT_NAME_KEY: decoded(name), SEQUENCE_KEY: decoded(text)}
 
 
 def headers_in_fasta(block: RecordBlock, key: str) -> Iterator[tuple[int, bytes]]:
@@ -93,7 +93,7 @@ def headers_in_fasta(block: RecordBlock, key: str) -> Iterator[tuple[int, bytes]
 
 def records_in_strings(block: RecordBlock) -> Iterator[tuple[int, dict[str, str]]]:
     """The number of each line that is not blank, and its residues as `sequence`."""
-    return ((number, {SEQUENCE_KEY: line.decode(errors="replace")})
+    return ((number, {SEQUENCE_KEY: decoded(line)})
             for number, line in filled_lines(block.records, block.first))
 
 
