@@ -1,5 +1,6 @@
 """Adapters agree with those of peft, on the same weights and through the same files."""
 
+import shutil
 from dataclasses import asdict, replace
 from functools import cache
 from typing import Any
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 from megatron.checkpoint.contents import stored
 from megatron.checkpoint.convert.families import hf
 from megatron.checkpoint.convert.families.vocabularies import vocabulary_of
-from megatron.checkpoint.convert.formats import foreign, recognised
+from megatron.checkpoint.convert.formats import foreign, read_as, recognised
 from megatron.checkpoint.lora import peft_files
 from megatron.checkpoint.lora.merging import STATE, merged
 from megatron.config.lora import LORA_TARGETS, LoraConfig
@@ -174,9 +175,13 @@ def test_merged_weights_are_peft_s_and_a_folder_of_transformers_takes_them(kind,
     assert sum("query" in name or "dense" in name for name in found.keys() & expected.keys()) > 8
 
 
-def test_a_folder_of_adapters_is_refused_with_what_to_do(tmp_path):
+@pytest.mark.parametrize("opened", [recognised, foreign, lambda folder: read_as("hf", folder, None)])
+def test_a_folder_of_adapters_is_refused_with_what_to_do_with_or_without_their_model(opened, tmp_path):
     model = filled(saved("esm2", tmp_path)[1], LORA)
     folder = peft_files.write(tmp_path / "adapters", stored_of(model), LORA, model.config)
-    for opened in (recognised, foreign):
-        with pytest.raises(CheckpointError, match="adapters holds adapters of peft, and no model; merge them"):
-            opened(folder)
+    with pytest.raises(CheckpointError, match="adapters holds adapters of peft, and no model; merge them"):
+        opened(folder)
+    for file in (tmp_path / "model").iterdir():
+        shutil.copy(file, folder)
+    with pytest.raises(CheckpointError, match="adapters of peft, beside a model's weights; merge them .* new fold"):
+        opened(folder)

@@ -40,13 +40,11 @@ AUTO = "auto"
 def foreign(path: Path) -> CheckpointFormat | None:
     """The format of the checkpoint at `path` if it is one of another program, else None.
 
-    Raises CheckpointError for adapters of peft, which are no model.
+    Raises CheckpointError for adapters of peft, with or without the model that they belong to.
     """
+    _refuse_adapters(path)
     name = foreign_name(path)
-    if name is None:
-        _refuse_adapters(path)
-        return None
-    return FORMATS[name]
+    return None if name is None else FORMATS[name]
 
 
 def foreign_name(path: Path) -> str | None:
@@ -60,6 +58,7 @@ def read_as(loader: str, path: Path, iteration: int | None) -> tuple[str, Checkp
     `loader`: the name of the format, or AUTO to recognise it. Raises CheckpointError, and ConfigError if `path` is a
     single checkpoint of another iteration.
     """
+    _refuse_adapters(path)
     name = recognised(path) if loader == AUTO else loader
     checkpoint = FORMATS[name].read(path, iteration)
     is_one = path.resolve().is_relative_to(checkpoint.path.resolve())
@@ -70,10 +69,13 @@ def read_as(loader: str, path: Path, iteration: int | None) -> tuple[str, Checkp
 
 
 def recognised(path: Path) -> str:
-    """The name of the format of the checkpoint at `path`; raises CheckpointError if none is recognised."""
+    """The name of the format of the checkpoint at `path`.
+
+    Raises CheckpointError if none is recognised, and for adapters of peft.
+    """
+    _refuse_adapters(path)
     name = next((name for name, known in FORMATS.items() if known.recognises(path)), None)
     if name is None:
-        _refuse_adapters(path)
         half = hf.half_of_one(path)
         raise CheckpointError(f"{path} holds {half}; copy the other as well" if half else
                               f"{path} holds no checkpoint of a known format ({', '.join(FORMATS)}); give the folder "
@@ -82,6 +84,8 @@ def recognised(path: Path) -> str:
 
 
 def _refuse_adapters(path: Path) -> None:
+    """Raises CheckpointError for a folder with adapters of peft: transformers adds them to the weights beside them."""
     if (path / ADAPTERS).is_file():
-        raise CheckpointError(f"{path} holds adapters of peft, and no model; merge them into theirs with peft's "
-                              "merge_and_unload, save it with save_pretrained, and give that folder")
+        beside = "beside a model's weights" if hf.recognises(path) else "and no model"
+        raise CheckpointError(f"{path} holds adapters of peft, {beside}; merge them into their model with peft's "
+                              "merge_and_unload, save it with save_pretrained to a new folder, and give that")
