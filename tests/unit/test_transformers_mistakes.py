@@ -14,6 +14,7 @@ from megatron.data.corpus.vocab import Vocab
 from megatron.errors import CheckpointError
 from tests.families import PROTEINLM
 from tests.transformers_models import (
+    same_weights,
     trained_here,
 )
 
@@ -29,7 +30,7 @@ CHANGES = [
     ({"model_type": None}, "is of model_type None; of transformers' models"),
     ({"hidden_size": None}, "hidden_size 'None', which is no number of that"),
     ({"architectures": ["EsmForTokenClassification"]}, "is of EsmForTokenClassification; of transformers' models"),
-    ({"mask_token_id": 31}, "its configuration has the mask at 31, its tokenizer at 32"),
+    ({"mask_token_id": 31}, "its configuration has mask_token_id 31, its tokenizer has 32 for it; copy"),
     ({"pad_token_id": "1"}, "pad_token_id '1', which is no number of that"),
     ({"is_decoder": True}, "was made with is_decoder True, models here compute as with False"),
     ({"is_folding_model": True}, "is_folding_model"),
@@ -111,6 +112,17 @@ def test_a_copy_that_differs_from_what_it_is_tied_to_is_refused(kind, copy, orig
         hf.read(tmp_path / kind)
 
 
+@pytest.mark.parametrize("pad", [0, 5])
+def test_a_padding_token_that_is_not_the_tokenizer_s_is_refused_where_positions_are_counted_from_it(
+        pad, their_folders, tmp_path):
+    for kind in ("esm1b", "esm2"):
+        shutil.copytree(their_folders / kind, tmp_path / kind)
+        edited(tmp_path / kind, lambda config: config.update(pad_token_id=pad))
+    with pytest.raises(CheckpointError, match=f"has pad_token_id {pad}, its tokenizer has 1 for it; copy both from"):
+        hf.read(tmp_path / "esm1b")
+    same_weights(hf.read(tmp_path / "esm2"), hf.read(their_folders / "esm2"))
+
+
 def test_half_a_folder_is_refused_with_what_is_missing(their_folders, tmp_path):
     for name, message in (("config.json", "weights without the config.json that says what model they are of"),
                           ("model.safetensors", "a config.json without model.safetensors or pytorch_model.bin")):
@@ -124,7 +136,7 @@ def test_a_vocabulary_that_lacks_a_token_is_to_be_copied_again(tmp_path):
     tokens = [token for token in Vocab.from_file("esm").tokens if token != "<mask>"]
     (tmp_path / "vocab.txt").write_text("\n".join(tokens))
     with pytest.raises(CheckpointError) as caught:
-        vocabulary_in(tmp_path, "esm", 33, None)
+        vocabulary_in(tmp_path, "esm", 33, {})
     assert "it lacks [MASK]/<mask>" in str(caught.value)
     assert str(caught.value).endswith("copy its tokenizer again from where the weights are")
 
@@ -137,13 +149,13 @@ def test_a_vocabulary_that_lacks_a_token_is_to_be_copied_again(tmp_path):
     ("added_tokens.json", {"A": 33}, "line 34 repeats A of line 6"),
     ("special_tokens_map.json", {"cls_token": "<eos>"}, "has <eos> as cls_token, where models here take <cls>"),
     ("special_tokens_map.json", {"eos_token": "<cls>"}, "has <cls> as eos_token, where models here take <eos>"),
-    ("special_tokens_map.json", {"mask_token": "<null_1>"}, "has the mask at 32, its tokenizer at 31"),
+    ("special_tokens_map.json", {"mask_token": "<null_1>"}, "has mask_token_id 32, its tokenizer has 31"),
     ("tokenizer_config.json", [], "tokenizer_config.json: is damaged, or no tokenizer")])
 def test_files_of_a_tokenizer_that_contradict_others_are_refused(name, content, message, tmp_path):
     (tmp_path / "vocab.txt").write_text("\n".join(Vocab.from_file("esm").tokens))
     (tmp_path / name).write_text(json.dumps(content))
     with pytest.raises(CheckpointError, match=message) as caught:
-        vocabulary_in(tmp_path, "esm", 33, 32)
+        vocabulary_in(tmp_path, "esm", 33, {"mask": 32})
     assert "\n" not in str(caught.value)
 
 

@@ -61,7 +61,10 @@ def read(path: Path, iteration: int | None = None) -> Checkpoint:
         kind = flags.kind_of(theirs, path)
         config = flags.flags_of(theirs, path)
         num_tokens, first_row = flags.tokens_of(theirs, kind)
-        state = vocabulary_in(path, _VOCABULARIES[kind], num_tokens, theirs.get("mask_token_id"))
+        # ESM counts positions over the tokens that are not padding, beginning after the id of padding.
+        counts_from_pad = first_row > 0 and config["position_embedding_type"] == "learned_absolute"
+        ids = {"mask": theirs.get("mask_token_id"), "pad": first_row - 1 if counts_from_pad else None}
+        state = vocabulary_in(path, _VOCABULARIES[kind], num_tokens, ids)
         family = ModelFamily(config | state["config"], TABLES[kind], num_tokens, first_row)
         checkpoint = checkpoint_of(family, tensors_in_folder(path), path, state)
         vocab = known_vocabulary(checkpoint)

@@ -21,38 +21,39 @@ from megatron.errors import CheckpointError, VocabError
 _ROLES = {"cls": ("cls_token",), "sep": ("sep_token", "eos_token"), "pad": ("pad_token",), "unk": ("unk_token",)}
 
 
-def vocabulary_in(folder: Path, usual: str, num_rows: int, mask_id: Any) -> dict[str, Any]:
+def vocabulary_in(folder: Path, usual: str, num_rows: int, ids: Mapping[str, Any]) -> dict[str, Any]:
     """The entries of a checkpoint's state on the vocabulary of a folder of transformers.
 
     They are "config" (our flags for it), "vocabulary" (its identity) and "notes"; if the vocabulary is unknown,
     "lacks_vocabulary" replaces "vocabulary". `usual`: the vocabulary to assume where no file of a tokenizer is there,
-    if its number of tokens is `num_rows`; `mask_id`: the mask's id in config.json, or None. Raises CheckpointError if
-    the tokens are not a protein vocabulary, are more than `num_rows`, or have another mask.
+    if its number of tokens is `num_rows`; `ids`: those in config.json of tokens that the model treats specially, by
+    role ("mask", "pad"), None if not given. Raises CheckpointError if the tokens are not a protein vocabulary, are more
+    than `num_rows`, or have other ids.
     """
     if not has_tokens(folder):
-        return _assumed(usual, num_rows, mask_id, folder)
+        return _assumed(usual, num_rows, ids, folder)
     try:
         tokens, special = tokens_in(folder), special_tokens_in(folder)
-        vocab = Vocab.from_file(folder, _mask_token(tokens, special, mask_id))
+        vocab = Vocab.from_file(folder, _mask_token(tokens, special, ids.get("mask")))
     except VocabError as error:
         why = str(error).partition("; ")[0]
         raise CheckpointError(f"{why}; copy its tokenizer again from where the weights are") from None
     if vocab.size > num_rows:
         raise CheckpointError(f"{folder}: its tokenizer has {vocab.size} tokens, but the model has {num_rows} rows for "
                               "them; copy both from one place")
-    _check_special(vocab, special, mask_id, folder)
+    _check_special(vocab, special, ids, folder)
     notes = [] if vocab.size == num_rows else [
         f"of its {num_rows} rows of the vocabulary those from {vocab.size} on have no token, and are left out"]
     return {"config": _flags(vocab, folder), "vocabulary": vocab.identity, "notes": notes}
 
 
-def _assumed(usual: str, num_rows: int, mask_id: Any, folder: Path) -> dict[str, Any]:
+def _assumed(usual: str, num_rows: int, ids: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """The entries for a folder without a file of tokens."""
     vocab, missing = Vocab.from_file(usual), f"there is no {LINES} or {WHOLE} in it"
     if vocab.size != num_rows:
         note = f"{missing}: --vocab-file has to name its {num_rows} tokens"
         return {"config": {}, "lacks_vocabulary": True, "notes": [note]}
-    _check_special(vocab, {}, mask_id, folder)
+    _check_special(vocab, {}, ids, folder)
     note = f"{missing}: its {num_rows} tokens are taken to be those of {usual}"
     return {"config": {"vocab_file": usual}, "vocabulary": vocab.identity, "notes": [note]}
 
@@ -74,11 +75,12 @@ def _mask_token(tokens: Sequence[str], special: Mapping[str, str], mask_id: Any)
     return None if named == usual else named
 
 
-def _check_special(vocab: Vocab, special: Mapping[str, str], mask_id: Any, folder: Path) -> None:
+def _check_special(vocab: Vocab, special: Mapping[str, str], ids: Mapping[str, Any], folder: Path) -> None:
     """Raises CheckpointError if the tokenizer or config.json has other special tokens than the vocabulary."""
-    if mask_id not in (None, vocab.mask_id):
-        raise CheckpointError(f"{folder}: its configuration has the mask at {str(mask_id)[:40]}, its tokenizer at "
-                              f"{vocab.mask_id}; copy both from one place")
+    for role, found in ids.items():
+        if found not in (None, known := getattr(vocab, f"{role}_id")):
+            raise CheckpointError(f"{folder}: its configuration has {role}_token_id {str(found)[:40]}, its tokenizer "
+                                  f"has {known} for it; copy both from one place")
     for role, names in _ROLES.items():
         said = {name: special[name] for name in names if name in special}
         ours = vocab.tokens[getattr(vocab, f"{role}_id")]
