@@ -29,7 +29,8 @@ CHANGES = [
     ({"model_type": "bart", "architectures": ["BartModel"]}, "is of model_type 'bart'; of transformers' models Esm"),
     ({"model_type": None}, "is of model_type None; of transformers' models"),
     ({"hidden_size": None}, "hidden_size 'None', which is no number of that"),
-    ({"architectures": ["EsmForTokenClassification"]}, "is of EsmForTokenClassification; of transformers' models"),
+    ({"architectures": ["EsmForTokenClassification"]}, "is of EsmForTokenClassification, so it has no masked-LM head"),
+    ({"architectures": ["EsmForProteinFolding"]}, "is of EsmForProteinFolding; of transformers' models"),
     ({"mask_token_id": 31}, "its configuration has mask_token_id 31, its tokenizer has 32 for it; copy"),
     ({"pad_token_id": "1"}, "pad_token_id '1', which is no number of that"),
     ({"is_decoder": True}, "was made with is_decoder True, models here compute as with False"),
@@ -121,6 +122,26 @@ def test_a_padding_token_that_is_not_the_tokenizer_s_is_refused_where_positions_
     with pytest.raises(CheckpointError, match=f"has pad_token_id {pad}, its tokenizer has 1 for it; copy both from"):
         hf.read(tmp_path / "esm1b")
     same_weights(hf.read(tmp_path / "esm2"), hf.read(their_folders / "esm2"))
+
+
+@pytest.mark.parametrize(("kind", "body", "head"), [
+    ("esm2", "esm", "lm_head.dense.weight"), ("protbert", "bert", "cls.predictions.transform.dense.weight")])
+def test_a_model_without_a_head_is_refused_with_how_to_give_it_one(
+        kind, body, head, their_models, their_folders, tmp_path):
+    shutil.copytree(their_folders / kind, tmp_path / "body")
+    shutil.copytree(their_folders / kind, tmp_path / "remedied")
+    body_alone, full_class = getattr(their_models[kind], body), type(their_models[kind])
+    body_alone.save_pretrained(tmp_path / "body")
+    remedy = f"so it has no masked-LM head; save what transformers' {full_class.__name__}.from_pretrained makes of it"
+    with pytest.raises(CheckpointError, match=f"is of {type(body_alone).__name__}, {remedy}"):
+        hf.read(tmp_path / "body")
+    edited(tmp_path / "body", lambda config: config.update(architectures=None))
+    with pytest.raises(CheckpointError, match=f"holds no {head}, {remedy}"):
+        hf.read(tmp_path / "body")
+    full_class.from_pretrained(tmp_path / "body").save_pretrained(tmp_path / "remedied")
+    remedied, whole = hf.read(tmp_path / "remedied").model, hf.read(their_folders / kind).model
+    assert all(torch.equal(tensor.read()[:30], whole[name].read()[:30]) for name, tensor in remedied.items()
+               if not name.startswith("lm_head."))
 
 
 def test_half_a_folder_is_refused_with_what_is_missing(their_folders, tmp_path):

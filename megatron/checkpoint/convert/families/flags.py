@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import Field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from megatron.checkpoint.contents import Checkpoint
 from megatron.checkpoint.convert.megatron_v2.arguments import fits
@@ -20,6 +20,8 @@ from megatron.errors import CheckpointError
 ESM, BERT, OWN = "esm", "bert", "protein_lm"
 CLASSES = {ESM: "EsmForMaskedLM", BERT: "BertForMaskedLM", OWN: "ProteinForMaskedLM"}
 _BOTH_HEADS = "BertForPreTraining"  # BertForMaskedLM plus a head for sentence pairs, which is left out
+_WITHOUT_HEAD = {f"{family}{end}" for family in ("Esm", "Bert")
+                 for end in ("Model", "ForTokenClassification", "ForSequenceClassification")}
 _CODE = {"AutoConfig": "configuration_protein.ProteinConfig",
          "AutoModelForMaskedLM": f"modeling_protein.{CLASSES[OWN]}"}
 _COURSE = ("attention_dropout", "hidden_dropout", "init_method_std")  # in config.json besides the arithmetic
@@ -144,10 +146,19 @@ def kind_of(theirs: Mapping[str, Any], place: Path) -> str:
     """The family (ESM, BERT or OWN) of a config.json; raises CheckpointError for any other."""
     kind, classes = theirs.get("model_type"), theirs.get("architectures") or []
     if kind not in CLASSES or not isinstance(classes, list) or {*map(str, classes)} - {CLASSES[kind], _BOTH_HEADS}:
+        if kind in (ESM, BERT) and isinstance(classes, list) and {*map(str, classes)} <= _WITHOUT_HEAD:
+            refuse_headless(place, f"is of {', '.join(classes)}", kind)
         found = f"model_type {kind!r}" if kind not in CLASSES or not classes else ", ".join(map(str, classes))
         raise CheckpointError(f"{place}: is of {found[:80]}; of transformers' models {', '.join(CLASSES.values())} can "
                               "be read (ESM-2, ESM-1b, ESM-1v, ProtBERT, and what was written here)")
     return kind
+
+
+def refuse_headless(place: Path, found: str, kind: str) -> NoReturn:
+    """Raises CheckpointError for a model of transformers without a masked-LM head, saying how to give it one."""
+    raise CheckpointError(f"{place}: {found}, so it has no masked-LM head; save what transformers' "
+                          f"{CLASSES[kind]}.from_pretrained makes of it, and its tokenizer, to a new folder: the head "
+                          "there is random, so use it for embeddings and fine-tuning alone")
 
 
 def tokens_of(theirs: Mapping[str, Any], kind: str) -> tuple[int, int]:

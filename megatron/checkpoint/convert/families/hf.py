@@ -14,6 +14,7 @@ from typing import Any
 from megatron.checkpoint.contents import Checkpoint, StoredTensor
 from megatron.checkpoint.convert.families import flags
 from megatron.checkpoint.convert.families.hf_writing import CONFIG, INDEX, TABLES, WHOLE, write_files
+from megatron.checkpoint.convert.families.names import their_names
 from megatron.checkpoint.convert.families.reading import ModelFamily, checkpoint_of
 from megatron.checkpoint.convert.families.vocabularies import known_vocabulary, vocabulary_in
 from megatron.checkpoint.convert.torch_files import read_torch_file
@@ -66,7 +67,10 @@ def read(path: Path, iteration: int | None = None) -> Checkpoint:
         ids = {"mask": theirs.get("mask_token_id"), "pad": first_row - 1 if counts_from_pad else None}
         state = vocabulary_in(path, _VOCABULARIES[kind], num_tokens, ids)
         family = ModelFamily(config | state["config"], TABLES[kind], num_tokens, first_row)
-        checkpoint = checkpoint_of(family, tensors_in_folder(path), path, state)
+        tensors = tensors_in_folder(path)
+        if kind != flags.OWN and (head := their_names("lm_head.dense.weight", TABLES[kind])[0]) not in tensors:
+            flags.refuse_headless(path, f"holds no {head}", kind)
+        checkpoint = checkpoint_of(family, tensors, path, state)
         vocab = known_vocabulary(checkpoint)
         if vocab is None or vocab.size == num_tokens:
             return checkpoint
