@@ -198,7 +198,7 @@ def test_the_code_in_the_folder_knows_every_flag_that_changes_the_arithmetic():
              for argument in node.args.args}
     flags = {item.name for item in fields(ModelConfig) if item.metadata["changes"] == "arithmetic"}
     assert flags - known == {"make_vocab_size_divisible_by"}
-    model = (file.parent / "modeling_protein.py").read_text()
+    model = "".join((file.parent / name).read_text() for name in ("modeling_protein.py", "attention_protein.py"))
     assert [name for name in sorted(flags & known - {"num_layers"}) if f"config.{name}" not in model] == []
 
 

@@ -22,7 +22,7 @@ from megatron.files import write_json, write_text
 
 TABLES: Mapping[str, Table] = {flags.ESM: HF_ESM, flags.BERT: HF_BERT, flags.OWN: OURS}
 CONFIG, WHOLE, INDEX = "config.json", "model.safetensors", ".index.json"
-_CODE = ("configuration_protein.py", "modeling_protein.py")
+_CODE = ("configuration_protein.py", "attention_protein.py", "modeling_protein.py")
 _LONGEST_FILE = 5 * 10**9  # bytes, transformers' limit for a file
 
 

@@ -1,10 +1,10 @@
 """A masked language model of proteins in plain PyTorch, for a padded batch; it computes what the training program does.
 
-Parameters have the training program's names. Shapes: b proteins, s positions, h hidden, v vocabulary, n heads in g
-groups of q, each group with c = q + 2 rows (its queries, its key, its value) of width d; r rotary columns of a head.
+Parameters have the training program's names. Shapes: b proteins, s positions, h hidden, v vocabulary.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,9 +13,10 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
 
+from .attention_protein import Attention, ValueEmbedding, rotation_of
 from .configuration_protein import ProteinConfig
 
-Rotation = tuple[Tensor, Tensor] | None  # cosines and sines, fp32 [b, s, 1, 1, r/2]
+_REFUSED = ("output_attentions", "inputs_embeds", "position_ids", "head_mask")  # what would be ignored otherwise
 _ESM_MASKED_SHARE = 0.15 * 0.8  # the share of residues replaced by the mask in ESM's training
 
 
@@ -25,6 +26,8 @@ class ProteinForMaskedLM(PreTrainedModel):
     config_class = ProteinConfig
     base_model_prefix = ""
     main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
 
     def __init__(self, config: ProteinConfig) -> None:
         super().__init__(config)
@@ -36,8 +39,18 @@ class ProteinForMaskedLM(PreTrainedModel):
         self.post_init()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None,
-                output_hidden_states: bool = False, return_dict: bool = True, **unused: Any) -> MaskedLMOutput:
-        """Logits [b, s, v] for `input_ids` [b, s]; the last of the hidden states is after the final normalisation."""
+                output_hidden_states: bool | None = None, return_dict: bool | None = None,
+                **unused: Any) -> MaskedLMOutput | tuple[Any, ...]:
+        """Logits [b, s, v] for `input_ids` [b, s]; the last of the hidden states is after the final normalisation.
+
+        Raises ValueError for what other models of transformers take and this one does not, such as output_attentions.
+        """
+        asked = {"output_attentions": self.config.output_attentions, **unused}
+        for name in _REFUSED:
+            if asked.get(name) is not None and asked[name] is not False:
+                raise ValueError(f"ProteinForMaskedLM does not support {name}; leave it out")
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         is_token_bs = attention_mask.bool()
@@ -48,15 +61,41 @@ class ProteinForMaskedLM(PreTrainedModel):
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits_bsv.flatten(0, 1).float(), labels.flatten())
-        return MaskedLMOutput(loss=loss, logits=logits_bsv, hidden_states=states if output_hidden_states else None)
+        output = MaskedLMOutput(loss=loss, logits=logits_bsv, hidden_states=states if output_hidden_states else None)
+        return output.to_tuple() if return_dict is False else output
 
-    def get_input_embeddings(self) -> nn.Module:
+    def get_input_embeddings(self) -> nn.Embedding:
         """The word embedding."""
         return self.embedding.word_embeddings
 
-    def get_output_embeddings(self) -> None:
-        """None, since a tied output layer uses the word embedding itself, so that there is nothing to tie."""
-        return
+    def set_input_embeddings(self, value: Any) -> None:
+        """Replaces the word embedding."""
+        self.embedding.word_embeddings = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The layer whose weight is the output matrix: the word embedding if they are tied."""
+        return self.lm_head.decoder if self.config.untie_embeddings_and_output_weights else self.get_input_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: Any) -> None:
+        """Replaces that layer."""
+        if self.config.untie_embeddings_and_output_weights:
+            self.lm_head.decoder = new_embeddings
+        else:
+            self.set_input_embeddings(new_embeddings)
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None,
+                                mean_resizing: bool = True) -> nn.Embedding:
+        """The word embedding, after the rows of all parameters that have one for each token were cut or added to.
+
+        Arguments as of transformers' method. New rows of the output bias and of value embeddings are zero.
+        """
+        words = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        for module in self.modules():
+            name = {Head: "bias", ValueEmbedding: "weight"}.get(type(module))
+            if name is not None and (num_added := len(words.weight) - len(rows := getattr(module, name))):
+                resized = F.pad(rows.data, (0, 0) * (rows.ndim - 1) + (0, num_added))
+                setattr(module, name, nn.Parameter(resized, rows.requires_grad))
+        return words
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -101,17 +140,21 @@ class Transformer(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(Block(config, number) for number in range(config.num_layers))
         self.final_layernorm = nn.Identity() if config.norm_placement == "post" else _norm(config)
+        self.gradient_checkpointing = False  # transformers sets it, and the function beside it
+        self._gradient_checkpointing_func: Any = None
         self.config = config
 
     def forward(self, hidden_bsh: Tensor, tokens_bs: Tensor, positions_bs: Tensor,
                 is_token_bs: Tensor) -> tuple[Tensor, ...]:
         """The hidden states [b, s, h] before each block, and after the final normalisation."""
-        rotation, x0_bsh, states = _rotation(self.config, positions_bs), hidden_bsh, []
+        rotation, x0_bsh, states = rotation_of(self.config, positions_bs), hidden_bsh, []
         skips: list[Tensor] = []
         for block in self.layers:
             states.append(hidden_bsh)
             skip_bsh = skips.pop() if block.takes_skip else None
-            hidden_bsh = block(hidden_bsh, x0_bsh, skip_bsh, tokens_bs, positions_bs, is_token_bs, rotation)
+            is_recomputed = self.gradient_checkpointing and self.training
+            run: Any = partial(self._gradient_checkpointing_func, block) if is_recomputed else block
+            hidden_bsh = run(hidden_bsh, x0_bsh, skip_bsh, tokens_bs, positions_bs, is_token_bs, rotation)
             if block.gives_skip:
                 skips.append(hidden_bsh)
         return (*states, self.final_layernorm(hidden_bsh))
@@ -157,92 +200,6 @@ class Block(nn.Module):
             branch_bsh = behind(branch_bsh)
         sum_bsh = residual_bsh + F.dropout(branch_bsh, self.config.hidden_dropout, self.training)
         return behind(sum_bsh) if self.config.norm_placement == "post" else sum_bsh
-
-
-class Attention(nn.Module):
-    """Self-attention; the heads of a group share a key and a value."""
-
-    def __init__(self, config: ProteinConfig, number: int) -> None:
-        super().__init__()
-        heads, groups, width = config.num_attention_heads, _groups(config), config.kv_channels
-        rows, has_bias = (heads + 2 * groups) * width, not config.disable_bias_linear
-        self.query_key_value = nn.Linear(config.hidden_size, rows, has_bias)
-        self.dense = nn.Linear(heads * width, config.hidden_size, has_bias)
-        if config.qkv_conv_kernel:
-            self.conv = ShortConvolution(rows, config.qkv_conv_kernel)
-        if config.value_embeddings:
-            self.values = ValueEmbedding(config)
-        if config.qk_layernorm:
-            self.query_norm, self.key_norm = HeadNorm(config, heads), HeadNorm(config, groups)
-        sees_all = config.window_attn_skip_freq and (number + 1) % config.window_attn_skip_freq == 0
-        self.window = None if sees_all else config.window_size
-        self.config = config
-
-    def forward(self, hidden_bsh: Tensor, tokens_bs: Tensor, positions_bs: Tensor, is_token_bs: Tensor,
-                rotation: Rotation) -> Tensor:
-        """The output [b, s, h]; padding is not attended to."""
-        qkv_bsx = self.query_key_value(hidden_bsh)
-        if self.config.qkv_conv_kernel:
-            qkv_bsx = self.conv(qkv_bsx, is_token_bs)
-        qkv_bsgcd = qkv_bsx.unflatten(-1, (_groups(self.config), -1, self.config.kv_channels))
-        query_bsgqd, key_bsg1d, value_bsg1d = qkv_bsgcd.split([qkv_bsgcd.shape[3] - 2, 1, 1], dim=3)
-        if self.config.value_embeddings:
-            value_bsg1d = self.values(value_bsg1d, tokens_bs)
-        if self.config.qk_layernorm:
-            query_bsgqd, key_bsg1d = self.query_norm(query_bsgqd), self.key_norm(key_bsg1d)
-        query_bsgqd, key_bsg1d = _rotate(query_bsgqd, rotation), _rotate(key_bsg1d, rotation)
-        query_bnsd, key_bnsd, value_bnsd = (x.expand_as(query_bsgqd).flatten(2, 3).transpose(1, 2)
-                                            for x in (query_bsgqd, key_bsg1d, value_bsg1d))
-        is_seen_bsk = is_token_bs[:, None, :].expand(-1, is_token_bs.shape[1], -1)
-        if self.window is not None:
-            to_right_bsk = positions_bs[:, None, :] - positions_bs[:, :, None]
-            is_seen_bsk = is_seen_bsk & (to_right_bsk >= -self.window[0]) & (to_right_bsk <= self.window[1])
-        is_seen_bsk = is_seen_bsk | ~is_token_bs[:, :, None]  # padding attends to all, to avoid NaN
-        dropout = self.config.attention_dropout if self.training else 0.0
-        context_bnsd = F.scaled_dot_product_attention(query_bnsd, key_bnsd, value_bnsd, is_seen_bsk[:, None], dropout)
-        return self.dense(context_bnsd.transpose(1, 2).flatten(2))
-
-
-class HeadNorm(nn.Module):
-    """Normalises each head over its width, with its own scales."""
-
-    def __init__(self, config: ProteinConfig, num_heads: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(num_heads * config.kv_channels))
-        self.normalise = F.rms_norm if config.normalization == "RMSNorm" else F.layer_norm
-        self.epsilon = config.layernorm_epsilon
-
-    def forward(self, x_bsgqd: Tensor) -> Tensor:
-        """The normalised `x_bsgqd`, in the same shape."""
-        return self.normalise(x_bsgqd, x_bsgqd.shape[-1:], eps=self.epsilon) * self.weight.view(x_bsgqd.shape[2:])
-
-
-class ValueEmbedding(nn.Module):
-    """Mixes an embedding of the token into the values of attention."""
-
-    def __init__(self, config: ProteinConfig) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(config.vocab_size, _groups(config) * config.kv_channels))
-        self.scales = nn.Parameter(torch.full((2,), 0.5))
-
-    def forward(self, value_bsg1d: Tensor, tokens_bs: Tensor) -> Tensor:
-        """The mixed values, in the same shape."""
-        own, embedded = self.scales.unbind()
-        return own * value_bsg1d + embedded * F.embedding(tokens_bs, self.weight).view_as(value_bsg1d)
-
-
-class ShortConvolution(nn.Module):
-    """x + a depthwise convolution of x over neighbouring tokens of the protein."""
-
-    def __init__(self, num_features: int, kernel: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(num_features, kernel))
-
-    def forward(self, x_bsx: Tensor, is_token_bs: Tensor) -> Tensor:
-        """The result, in the shape of `x_bsx`."""
-        halo, size = self.weight.shape[1] // 2, x_bsx.shape[1]
-        around = F.pad(x_bsx * is_token_bs.unsqueeze(-1), (0, 0, halo, halo))
-        return x_bsx + sum(around[:, place:place + size] * weight for place, weight in enumerate(self.weight.unbind(1)))
 
 
 class FeedForward(nn.Module):
@@ -293,29 +250,3 @@ class Head(nn.Module):
 def _norm(config: ProteinConfig) -> nn.Module:
     kind = nn.RMSNorm if config.normalization == "RMSNorm" else nn.LayerNorm
     return kind(config.hidden_size, eps=config.layernorm_epsilon)
-
-
-def _groups(config: ProteinConfig) -> int:
-    return config.num_query_groups or config.num_attention_heads
-
-
-def _rotation(config: ProteinConfig, positions_bs: Tensor) -> Rotation:
-    """Cosines and sines of the rotary angles; None without rotary positions."""
-    if config.position_embedding_type != "rope":
-        return None
-    width = int(config.kv_channels * config.rotary_percent) // 2 * 2
-    places = torch.arange(0, width, 2, dtype=torch.float32, device=positions_bs.device)
-    rounded = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[config.rotary_frequency_precision]
-    frequencies = (1.0 / config.rotary_base ** (places / width)).to(rounded).float()
-    angles = positions_bs.float()[:, :, None, None, None] * frequencies
-    return angles.cos(), angles.sin()
-
-
-def _rotate(x_bsgqd: Tensor, rotation: Rotation) -> Tensor:
-    """Rotary positions applied to the first r columns of each head: column i is paired with column i + r/2."""
-    if rotation is None:
-        return x_bsgqd
-    cos, sin = rotation
-    half = cos.shape[-1]
-    first, second, rest = x_bsgqd.float().split([half, half, x_bsgqd.shape[-1] - 2 * half], dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1).to(x_bsgqd.dtype)
