@@ -99,3 +99,21 @@ def test_the_configuration_and_the_caller_choose_what_is_given_back(checkpoint, 
     assert model(**batch).hidden_states is None
     model.config.output_hidden_states = True
     assert len(model(**batch).hidden_states) == model.config.num_layers + 1
+
+
+def test_the_gradient_of_accumulated_batches_is_their_mean_in_transformers_trainer(checkpoint, tmp_path):
+    pytest.importorskip("accelerate", reason="transformers' Trainer needs it")
+    batch, moved = batch_of(checkpoint), []
+    rows = [{"input_ids": ids, "attention_mask": mask, "labels": ids}
+            for ids, mask in zip(batch["input_ids"][:2], batch["attention_mask"][:2], strict=True)]
+    for num_accumulated, items in ((1, [rows[0]]), (2, [rows[0], rows[0]])):
+        model = loaded(checkpoint, tmp_path / f"out-{num_accumulated}")
+        model.config.attention_dropout = model.config.hidden_dropout = 0.0
+        before = model.lm_head.bias.detach().clone()
+        arguments = transformers().TrainingArguments(
+            output_dir=str(tmp_path), per_device_train_batch_size=1, gradient_accumulation_steps=num_accumulated,
+            max_steps=1, learning_rate=0.1, lr_scheduler_type="constant", optim="sgd", max_grad_norm=0.0,
+            report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True)
+        transformers().Trainer(model, arguments, train_dataset=items).train()
+        moved.append(model.lm_head.bias.detach() - before)
+    torch.testing.assert_close(moved[1], moved[0])

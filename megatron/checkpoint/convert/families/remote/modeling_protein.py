@@ -28,6 +28,7 @@ class ProteinForMaskedLM(PreTrainedModel):
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
+    accepts_loss_kwargs = False  # the loss is a batch's mean, which Trainer divides by the batches that it accumulates
 
     def __init__(self, config: ProteinConfig) -> None:
         super().__init__(config)
