@@ -10,13 +10,11 @@ import pytest
 import torch
 
 from megatron.checkpoint.contents import stored
-from megatron.checkpoint.convert.conversion import convert
 from megatron.checkpoint.convert.families import esm, hf
 from megatron.checkpoint.convert.formats import recognised
 from megatron.checkpoint.newest import saved_flags
 from megatron.data.corpus.vocab import Vocab
 from megatron.errors import CheckpointError
-from megatron.log import Log
 from tests.transformers_models import PROTEINS, difference, ids_of, made, our_logits, same_weights
 
 VOCAB = Vocab.from_file("esm")
@@ -63,10 +61,9 @@ def test_what_is_written_is_read_again_bit_by_bit(kind, checkpoints, tmp_path):
         assert again.state["notes"] == []
 
 
-@pytest.mark.parametrize("kind", FORMS)
-def test_fair_esm_loads_what_is_written_and_computes_our_logits(kind, checkpoints, tmp_path):
+def fair_esm_logits(file):
+    """The logits of each protein by fair-esm, without padding."""
     fair = pytest.importorskip("esm", reason="fair-esm is not installed")
-    file = esm.write(checkpoints[kind], tmp_path / FORMS[kind])
     with torch.serialization.safe_globals([argparse.Namespace]):
         model, alphabet = fair.pretrained.load_model_and_alphabet(str(file))
     logits = []
@@ -75,7 +72,13 @@ def test_fair_esm_loads_what_is_written_and_computes_our_logits(kind, checkpoint
         assert ids[0, 1:-1].tolist() == alphabet.encode(protein.replace("#", "<mask>"))
         with torch.no_grad():
             logits.append(model.eval()(ids)["logits"][0])
-    assert difference(logits, our_logits(checkpoints[kind], VOCAB)) < 2e-5
+    return logits
+
+
+@pytest.mark.parametrize("kind", FORMS)
+def test_fair_esm_loads_what_is_written_and_computes_our_logits(kind, checkpoints, tmp_path):
+    file = esm.write(checkpoints[kind], tmp_path / FORMS[kind])
+    assert difference(fair_esm_logits(file), our_logits(checkpoints[kind], VOCAB)) < 2e-5
 
 
 def test_contacts_are_those_that_transformers_predicts_of_the_same_model(checkpoints, tmp_path):
@@ -123,15 +126,20 @@ def test_files_of_any_age_and_precision_are_read(checkpoints, tmp_path):
     same_weights(esm.read(file), half)
 
 
-def test_the_row_of_the_mask_is_cleared_in_the_old_form_as_by_fair_esm(checkpoints, tmp_path):
+@pytest.mark.parametrize(("kind", "is_shared", "expected"), [
+    ("esm1b", True, 0.0), ("esm1b", False, 7.0), ("esm2", True, 7.0), ("esm2", False, 7.0)])
+@pytest.mark.parametrize("form", [{}, {"_use_new_zipfile_serialization": False}], ids=["zip", "legacy"])
+def test_the_row_of_the_mask_is_cleared_in_the_old_form_where_fair_esm_s_loader_does(
+        kind, is_shared, expected, form, checkpoints, tmp_path):
+    """It zeroes the row in one of two tensors, and fills the tied parameter with the other after it."""
     def fill(tree):
-        for name in ("encoder.sentence_encoder.embed_tokens.weight", "encoder.lm_head.weight"):
-            tree["model"][name][VOCAB.mask_id] = 7.0
+        words = tree["model"]["encoder.sentence_encoder.embed_tokens.weight"]
+        words[VOCAB.mask_id] = 7.0
+        tree["model"]["encoder.lm_head.weight"] = words if is_shared else words.clone()
 
-    for kind, expected in (("esm1b", 0.0), ("esm2", 7.0)):
-        file = esm.write(checkpoints[kind], tmp_path / kind)
-        edited(file, fill)
-        assert (esm.read(file).model[WORDS].read()[VOCAB.mask_id] == expected).all()
+    file = esm.write(checkpoints[kind], tmp_path / FORMS[kind])
+    edited(file, fill, **form)
+    assert (esm.read(file).model[WORDS].read()[VOCAB.mask_id] == expected).all()
 
 
 def test_a_model_without_a_regression_of_contacts_gets_one_that_knows_nothing(checkpoints, tmp_path):
@@ -206,20 +214,14 @@ def with_mask_row(checkpoint):
     return replace(checkpoint, model={**checkpoint.model, WORDS: stored(words)})
 
 
-def test_a_mask_s_embedding_that_fair_esm_would_zero_is_refused_where_residues_get_it(checkpoints, tmp_path):
-    with pytest.raises(CheckpointError, match="has an embedding of <mask>, .* fair-esm zeroes it .* write it as hf"):
-        esm.write(with_mask_row(checkpoints["esm1v"]), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-    esm.write(with_mask_row(checkpoints["esm2"]), tmp_path / "out")
-
-
-def test_a_mask_s_embedding_that_only_the_head_uses_is_lost_with_a_note(checkpoints, tmp_path, capsys):
-    for name, kind in (("lost", with_mask_row(checkpoints["esm1b"])), ("zero", checkpoints["esm1b"])):
-        hf.write(kind, tmp_path / f"{name}-hf")
-        place = convert(tmp_path / f"{name}-hf", tmp_path / name, "hf", "esm", tensor=1, pipeline=1, iteration=None,
-                        vocab_size=None, log=Log())
-        assert ("its logit of <mask> differs from this model's" in capsys.readouterr().out) is (name == "lost")
-        same_weights(esm.read(place), checkpoints["esm1b"])
+@pytest.mark.parametrize("kind", ["esm1b", "esm1v"])
+def test_a_mask_s_embedding_is_written_so_that_fair_esm_keeps_it(kind, checkpoints, tmp_path):
+    checkpoint = with_mask_row(checkpoints[kind])
+    file = esm.write(checkpoint, tmp_path / FORMS[kind])
+    same_weights(esm.read(file), checkpoint)
+    logits = fair_esm_logits(file)
+    assert difference(logits, our_logits(checkpoint, VOCAB)) < 2e-5
+    assert difference(logits, our_logits(checkpoints[kind], VOCAB)) > 0.1
 
 
 def test_damage_and_folders_of_several_files_are_told(checkpoints, tmp_path):

@@ -3,7 +3,6 @@
 import math
 import pickle
 import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +43,29 @@ class Storage:
                                   "again")
 
 
+@dataclass(frozen=True)
+class _View:
+    """Reads a box of a tensor. Equal for equal views of one storage, as torch.save writes parameters that are tied."""
+
+    storage: Storage
+    dtype: torch.dtype
+    offset: int
+    strides: tuple[int, ...]
+
+    def __call__(self, box: Box) -> Tensor:
+        """The box, by way of all that lies in the file from its first number to its last."""
+        sizes = [part.stop - part.start for part in box]
+        if not math.prod(sizes):
+            return torch.empty(sizes, dtype=self.dtype)
+        first = self.offset + sum(part.start * stride for part, stride in zip(box, self.strides, strict=True))
+        count = 1 + sum((size - 1) * stride for size, stride in zip(sizes, self.strides, strict=True))
+        span = torch.empty(count, dtype=self.dtype)
+        self.storage.read(span, first, self.dtype)
+        # A dimension of one number may have any stride, with which the last one could not be seen as bytes.
+        used = [stride if size > 1 else 1 for size, stride in zip(sizes, self.strides, strict=True)]
+        return span.as_strided(sizes, used).contiguous()
+
+
 def view(storage: Any, dtype: Any, offset: Any, shape: Any, strides: Any) -> StoredTensor:
     """The tensor that a pickle describes; raises pickle.UnpicklingError where it is not within its storage."""
     numbers = (offset, *shape, *strides)
@@ -55,17 +77,4 @@ def view(storage: Any, dtype: Any, offset: Any, shape: Any, strides: Any) -> Sto
     if math.prod(shape) and (last >= room or math.prod(shape) > room):
         raise pickle.UnpicklingError(f"it describes a tensor of {list(shape)} numbers, strides {list(strides)} from "
                                      f"{offset} on, which is more than its storage of {room} holds")
-    return one_piece(shape, dtype, lambda box: _read(storage, dtype, offset, strides, box))
-
-
-def _read(storage: Storage, dtype: torch.dtype, offset: int, strides: Sequence[int], box: Box) -> Tensor:
-    """A box of a tensor, by way of all that lies in the file from its first number to its last."""
-    sizes = [part.stop - part.start for part in box]
-    if not math.prod(sizes):
-        return torch.empty(sizes, dtype=dtype)
-    first = offset + sum(part.start * stride for part, stride in zip(box, strides, strict=True))
-    span = torch.empty(1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True)), dtype=dtype)
-    storage.read(span, first, dtype)
-    # A dimension of one number may have any stride, with which the last one could not be seen as bytes.
-    used = [stride if size > 1 else 1 for size, stride in zip(sizes, strides, strict=True)]
-    return span.as_strided(sizes, used).contiguous()
+    return one_piece(shape, dtype, _View(storage, dtype, offset, tuple(strides)))

@@ -65,7 +65,9 @@ def read(path: Path, iteration: int | None = None) -> Checkpoint:
         vocab = Vocab.from_file("esm")
         state = {"vocabulary": vocab.identity, "notes": notes}
         checkpoint = checkpoint_of(ModelFamily(config, FAIR_ESM, vocab.size, _FIRST_ROW), tensors, file, state)
-        if config["position_embedding_type"] == "rope":
+        # The head's matrix is the embedding, which fair-esm fills with both tensors, the head's last.
+        is_apart = tensors.get("lm_head.weight") not in (None, tensors["embed_tokens.weight"])
+        if is_apart or config["position_embedding_type"] == "rope":
             return checkpoint
         words = _without_row(checkpoint.model[WORDS], vocab.mask_id)
         return replace(checkpoint, model={**checkpoint.model, WORDS: words})
@@ -81,12 +83,8 @@ def write(checkpoint: Checkpoint, folder: Path, *, tensor: int = 1, pipeline: in
     config, vocab = flags.complete(checkpoint), vocabulary_of(checkpoint)
     is_rotary = config["position_embedding_type"] == "rope"
     _refuse_others(checkpoint.path, config, vocab, is_rotary)
-    if not config["token_dropout"] and _loses_mask(checkpoint):
-        raise CheckpointError(f"{checkpoint.path}: has an embedding of {vocab.tokens[vocab.mask_id]}, which masked "
-                              "residues get without --token-dropout; fair-esm zeroes it when it loads a model with "
-                              "absolute positions, write it as hf")
     theirs = family_tensors(with_rows(checkpoint, vocab.size), config, FAIR_ESM, vocab.size, _FIRST_ROW)
-    theirs["lm_head.weight"] = theirs["embed_tokens.weight"]
+    theirs["lm_head.weight"] = replace(theirs["embed_tokens.weight"])  # apart, or fair-esm zeroes the mask's row of it
     if is_rotary:
         theirs |= rotary_frequencies(config, "layers.N.self_attn.rot_emb")
     contacts = {"weight": torch.zeros(1, config["num_layers"] * config["num_attention_heads"]), "bias": torch.zeros(1)}
@@ -104,23 +102,11 @@ def write(checkpoint: Checkpoint, folder: Path, *, tensor: int = 1, pipeline: in
 
 def losses_in(checkpoint: Checkpoint, file: Path) -> list[str]:
     """A note on each part of a model that fair-esm does not load from the `file` that it was written to."""
-    notes = []
-    if _loses_mask(checkpoint):
-        notes.append("fair-esm zeroes the mask's embedding when it loads a model with absolute positions; its logit of "
-                     "<mask> differs from this model's")
     part = next((part for part in _WITHOUT_REGRESSION if part in file.stem), None)
-    if part and flags.complete(checkpoint)["contact_head"]:
-        notes.append(f"fair-esm loads no contact regression for a file with {part} in its name; rename {file.name} and "
-                     f"{file.stem}{_REGRESSION} to have it")
-    return notes
-
-
-def _loses_mask(checkpoint: Checkpoint) -> bool:
-    """Whether the mask has an embedding that fair-esm zeroes when it loads the model."""
-    if flags.complete(checkpoint)["position_embedding_type"] == "rope":
-        return False
-    words, row = checkpoint.model[WORDS], vocabulary_of(checkpoint).mask_id
-    return bool(words.read_box((slice(row, row + 1), slice(0, words.shape[1]))).any())
+    if part is None or not flags.complete(checkpoint)["contact_head"]:
+        return []
+    return [f"fair-esm loads no contact regression for a file with {part} in its name; rename {file.name} and "
+            f"{file.stem}{_REGRESSION} to have it"]
 
 
 def _file_in(path: Path) -> Path:
@@ -180,7 +166,7 @@ def _flags(tree: Mapping[str, Any], tensors: Mapping[str, StoredTensor], file: P
 
 
 def _without_row(tensor: StoredTensor, row: int) -> StoredTensor:
-    """An embedding table with zeros in `row`: fair-esm zeroes the mask's embedding when it loads ESM-1b."""
+    """An embedding table with zeros in `row`: fair-esm zeroes the mask's when it loads ESM-1b or ESM-1v."""
     def read(box: Box) -> Tensor:
         values = tensor.read_box(box)
         if box[0].start <= row < box[0].stop:
