@@ -5,6 +5,7 @@ they are neighbours, on one host if they fit. A process that no launcher started
 group: collectives on a one-rank axis do nothing.
 """
 
+import faulthandler
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
@@ -76,6 +77,8 @@ def open_mesh(config: ParallelConfig, launch: Launch, check: Callable[[Axis], No
     The layout fits the number of ranks (`megatron.parallel.layout` checks that). `check`: called with the axis of all
     ranks once they have met, before any grid is made of them: that all want the same grid, for example.
     """
+    if not launch.is_heard:  # else the launcher names the signal, and what it means
+        faulthandler.enable(2, all_threads=False)
     device = device_of(launch, config.local_rank)
     if launch.size == 1:
         yield Mesh(device=device)

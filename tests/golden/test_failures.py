@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron.parallel.launch.killed import killed_by
 from tests.golden.training import ROOT, TINY, free_port, losses, processes_with, run_on_ranks
 
 HOST = socket.gethostname()
@@ -103,9 +105,28 @@ def test_a_killed_rank_ends_the_job_with_one_line(start_ranks, corpus, tmp_path)
     process = start_ranks(OURS, corpus, tmp_path, *ENDLESS)
     send_to_rank_1(signal.SIGKILL, process, tmp_path)
     status, errors, output = end_of(process)
-    assert errors == [f"error: rank 1 on {HOST}: killed by signal 9 (SIGKILL)"]
+    assert errors == [f"error: rank 1 on {HOST}: {killed_by(signal.SIGKILL)}"]
     assert "Traceback" not in output
     assert status == 128 + signal.SIGKILL
+
+
+@pytest.mark.parametrize("launcher", [OURS, None])
+def test_a_data_file_that_is_cut_short_while_it_is_read_does_not_end_a_run_without_a_word(
+        start, start_ranks, corpus, tmp_path, launcher):
+    copy, folder = tmp_path / "copy", tmp_path / "run"
+    for suffix in (".bin", ".idx"):
+        shutil.copy(f"{corpus}{suffix}", f"{copy}{suffix}")
+    process = start_ranks(launcher, copy, folder, *ENDLESS, python=sys.executable) if launcher else start(
+        [sys.executable, ROOT / "pretrain_tape.py"], *ENDLESS, "--data-path", copy, "--save", folder)
+    wait_for_checkpoint(process, folder)
+    os.truncate(f"{copy}.bin", 0)
+    status, errors, output = end_of(process)
+    if launcher:
+        [error] = errors
+        assert re.fullmatch(rf"error: rank [01] on {HOST}: {re.escape(killed_by(signal.SIGBUS))}", error)
+        assert "a file was cut short while it was read" in error and status == 128 + signal.SIGBUS
+    else:
+        assert "Fatal Python error: Bus error" in output and status == -signal.SIGBUS
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])

@@ -15,6 +15,7 @@ from megatron.config.command_line import parse
 from megatron.data.corpus.vocab import Vocab
 from megatron.data.rows.dataset import IN_MEMORY_DOCUMENTS, build_datasets
 from megatron.files import left_over
+from megatron.parallel.launch.killed import killed_by
 from pretrain_tape import main
 from tests.golden.training import ROOT, TINY, losses, start_program
 from tests.indexed_files import write_indexed
@@ -151,6 +152,6 @@ def test_two_ranks_make_one_row_index_again_and_one_that_dies_is_named(run_two, 
     lines = run_two(corpus, "--inject-fault", "truncated-cache", "dead@6", status=128 + signal.SIGKILL)
     assert_made_again(files, lines)
     # The second is what the stand-in for Python ends with, of which the rank is a child.
-    assert errors_in(lines) in ([f"error: rank 1 on {HOST}: killed by signal 9 (SIGKILL)"],
+    assert errors_in(lines) in ([f"error: rank 1 on {HOST}: {killed_by(signal.SIGKILL)}"],
                                 [f"error: rank 1 on {HOST}: ended with exit status 137"])
     assert saved(tmp_path) == [4]

@@ -1,6 +1,7 @@
 """What a rank prints when it fails, and which of several failures the launcher names."""
 
 import json
+import signal
 import socket
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from megatron.parallel.launch import failure as failure_module
 from megatron.parallel.launch.agent import Agent, cause, line_of
 from megatron.parallel.launch.environment import Launch
 from megatron.parallel.launch.failure import report, told_once
+from megatron.parallel.launch.killed import CUT_SHORT, count_oom_kills, killed_by
 
 HOST = socket.gethostname()
 GLOO = ("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.0.0.2]:5539. "
@@ -52,9 +54,11 @@ def reported(error, launch, monkeypatch, tmp_path, capsys):
     (dist.DistStoreError("timed out waiting for ranks 1, 2 to start"),
      f"rank 3 on {HOST} lost its peers: timed out waiting for ranks 1, 2 to start", 1),
     (RuntimeError("DataLoader worker (pid 77) is killed by signal: Killed. "), f"rank 3 on {HOST}: {LOST_WORKER}", 1),
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers"),
+     f"rank 3 on {HOST}: a process that prepares batches was killed (signal 7), probably because {CUT_SHORT}", 1),
     (exited(), f"rank 3 on {HOST}: {LOST_WORKER}", 1),
     (RuntimeError("EADDRINUSE"), f"port 6000 is taken; set MASTER_PORT to a free one (rank 3 on {HOST})", 2),
-], ids=["user", "bug", "long", "gloo", "store", "worker", "loader", "port"])
+], ids=["user", "bug", "long", "gloo", "store", "worker", "cut short", "loader", "port"])
 def test_a_rank_that_fails_says_who_where_and_why(error, line, status, monkeypatch, tmp_path, capsys):
     launch = Launch(rank=3, size=4, master_port=6000)
     printed, left, ended = reported(error, launch, monkeypatch, tmp_path, capsys)
@@ -155,7 +159,8 @@ def test_the_launcher_names_the_rank_that_the_others_followed(tmp_path):
 
 
 @pytest.mark.parametrize(("exit_code", "recorded", "has_hung", "line"), [
-    (-9, "", False, f"rank 5 on {HOST}: killed by signal 9 (SIGKILL)"),
+    (-9, "", False, f"rank 5 on {HOST}: {killed_by(signal.SIGKILL)}"),
+    (-7, "", False, f"rank 5 on {HOST}: {killed_by(signal.SIGBUS)}"),
     (-11, "", False, f"rank 5 on {HOST}: killed by signal 11 (SIGSEGV)"),
     (-9, "", True, f"rank 5 on {HOST}: did not answer, and was killed"),
     (1, "", False, f"rank 5 on {HOST}: ended with exit status 1"),
@@ -165,3 +170,23 @@ def test_the_launcher_names_the_rank_that_the_others_followed(tmp_path):
 ])
 def test_the_launcher_says_who_where_and_why(tmp_path, exit_code, recorded, has_hung, line):
     assert line_of(5, failure(tmp_path, exit_code, recorded), has_hung) == line
+
+
+def test_a_rank_killed_by_the_kernel_is_told_from_one_that_may_have_been(tmp_path):
+    killed, remedy = failure(tmp_path, -9), "lower --micro-batch-size or --num-workers, or ask for more memory"
+    assert f"(SIGKILL), probably for want of memory: {remedy}" in line_of(0, killed, False)
+    assert f"(SIGKILL), by the kernel for want of memory: {remedy}" in line_of(0, killed, False, num_oom_kills=1)
+
+
+@pytest.mark.parametrize(("told", "file", "content"), [
+    ("0::/job/step", "job/step/memory.events", "low 0\noom 4\noom_kill 3\noom_group_kill 0"),
+    ("0::/not/seen/here", "memory.events", "oom 4\noom_kill 3"),
+    ("2:cpu:/job\n1:memory,misc:/job:1\n0::/", "memory/job:1/memory.oom_control", "under_oom 0\noom_kill 3"),
+])
+def test_the_kernels_count_of_kills_for_want_of_memory_is_found(tmp_path, told, file, content):
+    assert count_oom_kills(tmp_path / "absent", tmp_path) == 0
+    (tmp_path / "cgroup").write_text(f"{told}\n")
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    assert count_oom_kills(tmp_path / "cgroup", tmp_path) == 0
+    (tmp_path / file).write_text(f"{content}\n")
+    assert count_oom_kills(tmp_path / "cgroup", tmp_path) == 3

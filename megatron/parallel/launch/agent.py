@@ -21,7 +21,6 @@ from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch.distributed.launcher.api as launcher
@@ -39,8 +38,9 @@ from megatron.errors import DivergedError, LaunchError, SaveError, UserError
 from megatron.log import take_any_text
 from megatron.parallel.launch.failure import INTERRUPTED
 from megatron.parallel.launch.hosts import LOOPBACK, check_address
+from megatron.parallel.launch.killed import count_oom_kills, killed_by
 from megatron.parallel.launch.machines import find, meet, telling_a_long_wait, timeout_of
-from megatron.parallel.launch.stop_signals import StopSignals
+from megatron.parallel.launch.stop_signals import StopSignals, listens
 
 # A rank that lost a peer often ends before the peer has recorded why. After a failure the other ranks have GRACE_S to
 # end by themselves, then PATIENCE_S to obey SIGTERM, and are then killed as hanging.
@@ -67,6 +67,7 @@ class Agent(LocalElasticAgent):
             sys.exit(0)
         with self._signals.without_ranks(), telling_a_long_wait():
             super()._rendezvous(worker_group)
+        self._num_oom_kills = count_oom_kills()
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         context, store, hung = self._pcontext, store_of_launchers(worker_group), set[int]()
@@ -86,7 +87,8 @@ class Agent(LocalElasticAgent):
             if has_lost_peers and not word:
                 word = self._word_of_others(store, wait_s=GRACE_S + PATIENCE_S + 1)
             if not word:
-                word = f"{failure.exitcode} {line_of(rank, failure, failure.local_rank in hung)}"
+                num_oom_kills = count_oom_kills() - self._num_oom_kills
+                word = f"{failure.exitcode} {line_of(rank, failure, failure.local_rank in hung, num_oom_kills)}"
                 if not has_lost_peers:
                     self._tell(store, word)
             self._conclude(word, worker_group.spec.max_restarts)
@@ -158,18 +160,6 @@ def ask_to_stop(context: SubprocessContext, asked: set[int], number: int = signa
     return set(listening)
 
 
-def listens(process: int, proc: Path = Path("/proc")) -> bool:
-    """Whether a process handles SIGTERM, according to Linux (proc(5), SigCgt); True where there is no /proc."""
-    if not proc.is_dir():
-        return True
-    try:
-        lines = (proc / str(process) / "status").read_text().splitlines()
-    except OSError:  # it has ended
-        return False
-    caught = next((int(line.split()[1], 16) for line in lines if line.startswith("SigCgt:")), -1)
-    return bool(caught >> (signal.SIGTERM - 1) & 1)
-
-
 def end_ranks(context: SubprocessContext) -> set[int]:
     """Ends the ranks on this host; returns the local ranks that had to be killed."""
     processes = {rank: handler.proc for rank, handler in context.subprocess_handlers.items()}
@@ -200,8 +190,8 @@ def reason(failure: ProcessFailure) -> tuple[str, str]:
     return kind, text
 
 
-def line_of(rank: int, failure: ProcessFailure, has_hung: bool) -> str:
-    """The line to print about a failure; empty if the rank has printed it itself."""
+def line_of(rank: int, failure: ProcessFailure, has_hung: bool, num_oom_kills: int = 0) -> str:
+    """The line to print about a failure, as `killed_by` has it; empty if the rank has printed it itself."""
     _, line = reason(failure)
     where = f"rank {rank} on {socket.gethostname()}"
     if line or failure.exitcode in NOT_AGAIN:
@@ -209,7 +199,7 @@ def line_of(rank: int, failure: ProcessFailure, has_hung: bool) -> str:
     if has_hung:
         return f"{where}: did not answer, and was killed"
     if failure.exitcode < 0:
-        return f"{where}: killed by signal {-failure.exitcode} ({failure.signal_name()})"
+        return f"{where}: {killed_by(-failure.exitcode, num_oom_kills)}"
     return f"{where}: ended with exit status {failure.exitcode}"
 
 

@@ -18,6 +18,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from megatron.errors import ConfigFileError, LaunchError, UserError
 from megatron.parallel.launch.environment import Launch
 from megatron.parallel.launch.hosts import answers
+from megatron.parallel.launch.killed import CUT_SHORT
 
 OTHERS_S = 2.0  # how long rank 0 waits for others that fail as it does
 OTHERS_LISTEN_S = 5.0  # how long a rank with a mistake in its flags looks whether rank 0 has it, too
@@ -27,7 +28,7 @@ _LOST_PEERS = re.compile(r"closed by peer|reset by peer|broken pipe|connection r
                          r"connection .{0,20}(closed|lost)|socket (closed|timeout)|timed out|wait timeout|pair closure|"
                          r"remote process exited|failed to (recv|connect)|store .{0,20}closed", re.IGNORECASE)
 # In those of a DataLoader's SIGCHLD handler: the kernel, or a person, has ended a worker.
-_LOST_WORKER = re.compile(r"DataLoader worker \(pid \d+\) is killed by signal: Killed")
+_LOST_WORKER = re.compile(r"DataLoader worker \(pid \d+\) is killed by signal: (Killed|Bus error)")
 
 
 class RankError(RuntimeError):
@@ -132,7 +133,10 @@ def _reason(error: Exception, launch: Launch) -> RankError:
         text = re.sub(r"^\[\S+:\d+\] ", "", text).split(". This is typically")[0]
         return LostPeersError(f"{where} lost its peers: {text}")
     # The loader may raise its own error from that of the handler.
-    if any(isinstance(one, RuntimeError) and _LOST_WORKER.search(str(one)) for one in (error, error.__cause__)):
-        return LostWorkerError(f"{where}: a process that prepares batches was killed (signal 9), probably for want of "
-                               "memory: give more memory, or --num-workers 0")
+    lost = [found for one in (error, error.__cause__) if isinstance(one, RuntimeError)
+            and (found := _LOST_WORKER.search(str(one)))]
+    if lost:
+        what = f"{where}: a process that prepares batches was killed"
+        return LostWorkerError(f"{what} (signal 7), probably because {CUT_SHORT}" if lost[0][1] == "Bus error" else
+                               f"{what} (signal 9), probably for want of memory: give more memory, or --num-workers 0")
     return RankError(f"{where}: {type(error).__name__}: {text}")

@@ -5,6 +5,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 REQUESTS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
@@ -52,3 +53,15 @@ class StopSignals:
                     if not self._has_ranks:
                         os.write(1, b"asked to stop before the training has started\n")
                         os._exit(0)
+
+
+def listens(process: int, proc: Path = Path("/proc")) -> bool:
+    """Whether a process handles SIGTERM, according to Linux (proc(5), SigCgt); True where there is no /proc."""
+    if not proc.is_dir():
+        return True
+    try:
+        lines = (proc / str(process) / "status").read_text().splitlines()
+    except OSError:  # it has ended
+        return False
+    caught = next((int(line.split()[1], 16) for line in lines if line.startswith("SigCgt:")), -1)
+    return bool(caught >> (signal.SIGTERM - 1) & 1)
