@@ -80,6 +80,15 @@ def left_over(path: Path, begins: bool = False) -> Iterator[Path]:
     return (other for other in path.parent.glob(f"{_MARK}*") if ours.fullmatch(other.name))
 
 
+def remains(folder: Path) -> Iterator[tuple[str, Path]]:
+    """The temporary files of `replacing` that are in `folder`, each after the name that it was to get.
+
+    Killed processes left them, unless one is about to finish its own.
+    """
+    ours = re.compile(re.escape(_MARK) + "(.+)-[0-9a-f]{32}")
+    return ((found[1], path) for path in folder.glob(f"{_MARK}*") if (found := ours.fullmatch(path.name)))
+
+
 def write_text(path: Path, text: str) -> None:
     """Write `text` to `path` atomically, as UTF-8; raises OSError."""
     with replacing(path) as temporary:

@@ -34,20 +34,22 @@ SETTLE_S = 0.2  # by then, any other process that found the same dead holder has
 def claimed(folder: str | None, mesh: "Mesh", log: Log) -> Iterator["Claim | None"]:
     """A context in which rank 0 holds the lock of `folder`; yields its Claim, and None on other ranks or for no folder.
 
-    All ranks call this together, and none continues before rank 0 has the lock. Raises ConfigError on rank 0 if another
-    run holds the folder or it cannot be written.
+    Rank 0 removes what killed holders left there. All ranks call this together, and none continues before rank 0 has
+    the lock. Raises ConfigError on rank 0 if another run holds the folder or it cannot be written.
     """
     if folder is None:
         yield None
         return
     import torch  # imported here: it takes seconds, and callers that only look at a folder do not need it
 
+    from megatron.checkpoint.store import remove_left_over
     from megatron.parallel.collectives import all_reduce_sum
 
     claim = Claim(Path(folder)) if mesh.world.rank == 0 else None
     try:
         if claim is not None:
             claim.acquire(log.line)
+            remove_left_over(Path(folder))
         all_reduce_sum(torch.zeros(1, device=mesh.device), mesh.world)  # a barrier
         yield claim
     finally:

@@ -17,23 +17,29 @@ import itertools
 import json
 import re
 import shutil
+import time
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megatron.checkpoint.claim import LOCK
 from megatron.checkpoint.contents import Checkpoint
 from megatron.checkpoint.manifest import MANIFEST, check_files, read_manifest
 from megatron.checkpoint.metrics import MEASURED_ON, comparable
 from megatron.checkpoint.places import BEST, LATEST, STATE, VALIDATION, iterations, place_of, validations
 from megatron.checkpoint.whole import MODEL, read_whole
 from megatron.errors import CheckpointError
-from megatron.files import left_over, write_json, write_text
+from megatron.files import left_over, remains, write_json, write_text
 from megatron.log import Log
 from megatron.parallel.collectives import all_gather_object
 from megatron.parallel.mesh import Axis
 
+ABANDONED_S = 3600.0  # a temporary file that nobody has written to for so long is nobody's
+# Files that only the process with the folder's lock writes.
+_OF_HOLDER = re.compile(r"(metrics\.jsonl|config(-\d+)?\.toml|trackers\.json|latest_checkpointed_iteration\.txt|"
+                        r"(validation|manifest)\.json)")
 WithOptimizer = bool | Callable[[Mapping[str, Any]], bool]  # a predicate gets the content of state.json
 
 
@@ -161,13 +167,20 @@ def set_aside(folder: str, iteration: int) -> list[Path]:
 
 
 def remove_left_over(root: Path) -> None:
-    """Remove the unfinished checkpoints and pointers of killed processes; only the folder's lock holder may call this.
+    """Remove what killed processes left in a run's folder; only the folder's lock holder may call this.
+
+    Of files that others may be writing there (a report, a picture, another's claim), what is not older than ABANDONED_S
+    stays.
     """
-    for rest in (*left_over(root / "iter_", begins=True), *left_over(root / LATEST)):
-        if rest.is_dir():
-            shutil.rmtree(rest, ignore_errors=True)
-        else:
-            rest.unlink(missing_ok=True)
+    for unfinished in left_over(root / "iter_", begins=True):
+        shutil.rmtree(unfinished, ignore_errors=True)
+    # Also in checkpoints, and for the seeds of a fine-tuning.
+    places = (root, *root.glob("iter_*"), *root.glob("seed-*"))
+    rests = [*(rest for place in places for rest in remains(place)), *(("", rest) for rest in root.glob(f"{LOCK}-*"))]
+    for name, rest in rests:
+        with suppress(OSError):
+            if _OF_HOLDER.fullmatch(name) or time.time() - rest.stat().st_mtime > ABANDONED_S:
+                rest.unlink()
 
 
 def prune(root: Path, *, keep: int, keep_every: int, retain_optimizer: int, spared: Collection[Path]) -> None:

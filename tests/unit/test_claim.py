@@ -192,3 +192,25 @@ def test_a_full_disk_leaves_no_lock_behind_that_the_next_start_would_wait_for(tm
 def test_without_a_folder_nothing_is_claimed():
     with claimed(None, Mesh(), Log()) as claim:
         assert claim is None
+
+
+def test_who_takes_a_folder_removes_what_killed_writers_left_and_nothing_that_may_be_in_use(tmp_path):
+    token = "0123456789abcdef" * 2
+    of_holder = [f".unfinished-{name}-{token}" for name in (
+        "metrics.jsonl", "config.toml", "config-12.toml", "trackers.json", "latest_checkpointed_iteration.txt")]
+    of_others = [f".unfinished-loss.png-{token}", f".unfinished-report.html-{token}", f"{LOCK}-{token}"]
+    not_ours = [".unfinished-metrics.jsonl", ".unfinished-notes", ".unfinished-metrics.jsonl-by-hand", "metrics.jsonl"]
+    inside = tmp_path / "iter_0000002" / f".unfinished-validation.json-{token}"
+    inside.parent.mkdir()
+    (tmp_path / ".unfinished-iter_0000004").mkdir()
+    for path in (inside, *(tmp_path / name for name in (*of_holder, *of_others, *not_ours))):
+        path.write_text("half")
+
+    def take():
+        with claimed(str(tmp_path), Mesh(), Log()):
+            return {path.name for path in tmp_path.iterdir()} - {LOCK}
+
+    assert take() == {*of_others, *not_ours, "iter_0000002"} and not list(inside.parent.iterdir())
+    for name in (*of_others, *not_ours):
+        os.utime(tmp_path / name, (0, 0))
+    assert take() == {*not_ours, "iter_0000002"}
