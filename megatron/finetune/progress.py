@@ -19,9 +19,11 @@ from torch import Tensor
 from megatron.checkpoint.claim import Claim
 from megatron.checkpoint.loading import load_average, load_model, load_optimizer
 from megatron.checkpoint.newest import open_newest
+from megatron.checkpoint.places import STATE
 from megatron.checkpoint.saving import parts_of
+from megatron.checkpoint.store import read_state
 from megatron.config import Config
-from megatron.errors import ConfigError
+from megatron.errors import CheckpointError, ConfigError, SaveError
 from megatron.finetune.flags import first_change
 from megatron.log import Log
 from megatron.train.step.engine import Engine
@@ -127,7 +129,23 @@ class Unfinished:
     def check(self) -> None:
         """Raises SaveError where the last save has failed."""
         if self._saver is not None:
-            self._saver.check()
+            try:
+                self._saver.check()
+            except SaveError as error:
+                raise self.refused(error) from error
+
+    def refused(self, error: SaveError) -> SaveError:
+        """The error at the end of a run for what the disk refused: it also says what the next start repeats."""
+        kept = self._saver.saved_at if self._saver is not None else self._found.iteration if self._found else 0
+        begins = f"goes on from iteration {kept}" if kept else "begins the training again, of which nothing was kept"
+        return SaveError(f"{error}. Once there is room, the same command {begins}")
+
+    def has_saved(self, model: Path) -> bool:
+        """Whether this training has saved the model in that `iter_` folder; False if it does not say."""
+        try:
+            return first_change(_flat(read_state(model / STATE)["work"]), _flat(self._work)) is None
+        except (CheckpointError, KeyError):
+            return False
 
     def remove(self) -> None:
         """Remove all of them: the training is done."""

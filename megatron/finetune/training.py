@@ -3,6 +3,7 @@ metrics.
 """
 
 import math
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -14,13 +15,13 @@ from megatron.checkpoint.contents import Checkpoint
 from megatron.checkpoint.convert.families import hf
 from megatron.checkpoint.lora import peft_files
 from megatron.checkpoint.metrics import MetricsWriter, forget_after
-from megatron.checkpoint.places import METRICS_FILE, place_of
-from megatron.checkpoint.saving import Saver, parts_of
+from megatron.checkpoint.places import METRICS_FILE, iterations, place_of
+from megatron.checkpoint.saving import parts_of
 from megatron.checkpoint.store import open_place
 from megatron.config import Config
 from megatron.data.batches.batch import Batch
 from megatron.data.corpus.vocab import Vocab
-from megatron.errors import DivergedError
+from megatron.errors import DivergedError, SaveError
 from megatron.files import write_json
 from megatron.finetune.data.batches import PackedExamples
 from megatron.finetune.data.examples import TaskData
@@ -39,6 +40,7 @@ from megatron.train.state import is_due
 from megatron.train.step.meters import Meters
 from megatron.train.step.train_step import TrainStep
 from megatron.train.stop import StopRequests
+from megatron.train.tolerant_saver import TolerantSaver
 
 REPORT = "report.json"
 _LEAST_OF_A_TRY = 20  # steps
@@ -163,16 +165,16 @@ class FineTuning:
                                     for name, one in measures.items()} for part, measures in found.items()}}
 
     def save(self, report: dict[str, Any]) -> None:
-        """Write the model, its description and, last, the report."""
-        config = replace(self._config.checkpoint, save=str(self._folder))
-        saver = Saver(config, self._mesh, self._job.claim, self._log, loaded=0)
-        flags = self._config.as_dict() | {"vocab_file": self._config.data.absolute_vocab_file}
-        saver.save(self._kept, parts_of(self._engine.model.parameters, {}), {
-            "iteration": self._kept, "config": flags, **self._job.vocab.state(),
-            "progress": {"iteration": self._kept, "consumed_samples": self._kept * self._rows},
-            "began_from": self._job.flags.others["load"], **self._job.described.state()})
-        saver.close()
+        """Write the model, its description and, last, the report; raises SaveError where the disk refuses twice.
+
+        A model that this training had saved before it died ahead of its report is replaced.
+        """
+        places = iterations(self._folder) if self._log.is_speaker else {}
+        earlier = {number: place for number, place in places.items() if self._unfinished.has_saved(place)}
+        self._save_model(max(earlier, default=0))
         if self._log.is_speaker:
+            for number in earlier.keys() - {self._kept}:  # another layout may have found another best step
+                shutil.rmtree(earlier[number], ignore_errors=True)
             self._job.described.write(self._folder)
             if (lora := self._job.described.lora) is not None:
                 tensors = adapters_in(open_place(place_of(self._folder, self._kept)).model)
@@ -181,6 +183,25 @@ class FineTuning:
                                  source if hf.recognises(Path(source)) else None)
             write_json(self._folder / REPORT, report)
         self._unfinished.remove()
+
+    def _save_model(self, loaded: int) -> None:
+        """Write the model; `loaded`: as for `Saver`."""
+        config = replace(self._config.checkpoint, save=str(self._folder))
+        saver = TolerantSaver(config, self._mesh, self._job.claim, self._log, loaded)
+        flags = self._config.as_dict() | {"vocab_file": self._config.data.absolute_vocab_file}
+        parts, state = parts_of(self._engine.model.parameters, {}), {
+            "iteration": self._kept, "config": flags, **self._job.vocab.state(), "work": self._work(),
+            "progress": {"iteration": self._kept, "consumed_samples": self._kept * self._rows},
+            "began_from": self._job.flags.others["load"], **self._job.described.state()}
+        saver.save(self._kept, parts, state, "It is tried once more")
+        saver.finish()
+        if saver.has_failed:
+            saver.save(self._kept, parts, state, f"The run ends with status {SaveError.exit_status}")
+        saver.close()
+        try:
+            saver.check()
+        except SaveError as error:
+            raise self._unfinished.refused(error) from error
 
     @property
     def _kept(self) -> int:

@@ -23,6 +23,11 @@ class TolerantSaver(Saver):
         self._outlook = outlook
         super().save(iteration, parts, state)
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether the last save that has ended failed."""
+        return self._failure is not None
+
     def check(self) -> None:
         """Raises SaveError if the last save failed; for the end of a run, when no other follows."""
         self.finish()

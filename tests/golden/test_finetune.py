@@ -139,6 +139,31 @@ def test_a_disk_that_is_full_while_it_trains_ends_no_fine_tuning(taught, base, t
     assert "the same command goes on from there" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("refused_there", "times", "repeats"), [
+    ("iter_", 1, None), ("iter_", 9, "goes on from iteration"), ("", 9, "begins the training again, of which nothing")])
+def test_a_model_that_the_disk_refuses_is_tried_once_more_and_the_error_says_what_is_kept(
+        taught, base, tmp_path, monkeypatch, capsys, refused_there, times, repeats):
+    out, refused = tmp_path / "out", []
+
+    def refuse(place, *rest):
+        if len(refused) < times and place.relative_to(out).parts[0].startswith(refused_there):
+            refused.append(place)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write_parts(place, *rest)
+
+    monkeypatch.setattr(saving, "write_parts", refuse)
+    flags = ["own", "--load", base, "--data", taught / "number-data", "--epochs", 2, *QUICK, "--save", out]
+    assert finetune(*flags) == (4 if repeats else 0)
+    said, error = capsys.readouterr()
+    assert "It is tried once more" in said and ("refused this checkpoint, too" in said) == bool(repeats)
+    if repeats:
+        assert f"Once there is room, the same command {repeats}" in error and error.count("\n") == 1
+        refused += [out] * times
+        assert finetune(*flags) == 0
+        assert ("going on from iteration" in capsys.readouterr().out) == (refused_there == "iter_")
+    assert report_of(out)["iteration"] > 0
+
+
 def test_predictions_of_a_saved_model_are_those_of_its_validation(taught, tmp_path):
     for kind in ("number", "residues"):
         lines = [json.loads(line) for line in (taught / f"{kind}-data" / "valid.jsonl").read_text().splitlines()]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -120,6 +121,27 @@ def test_a_seed_that_dies_behind_its_last_step_takes_none_again(command, undistu
     (tmp_path / "out" / UNFINISHED).mkdir()  # as where it dies while it takes that away
     assert command("head", tmp_path / "out") == 0 and not (tmp_path / "out" / UNFINISHED).exists()
     assert content(tmp_path / "out") == content(undisturbed / "head")
+
+
+def test_a_seed_that_dies_between_its_model_and_its_report_leaves_no_second_model(command, undisturbed, tmp_path,
+                                                                                  monkeypatch, capsys):
+    out = tmp_path / "out"
+    for _ in range(2):
+        with monkeypatch.context() as patch, pytest.raises(Crash):
+            patch.setattr(training, "write_json", lambda *_: (_ for _ in ()).throw(Crash))
+            command("head", out)
+    (before,) = iterations(out).values()
+    assert command("head", out) == 0
+    assert "abandoned" not in capsys.readouterr().out and not list(out.glob("abandoned-*"))
+    assert [*iterations(out).values()] == [before] and content(out) == content(undisturbed / "head")
+
+
+def test_a_model_of_another_training_is_not_replaced(command, undisturbed, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(undisturbed / "head", out)
+    (out / "report.json").unlink()
+    assert command("head", out, "--pooling", "cls") == 0
+    assert len(iterations(out)) == 1 == len(list(out.glob("abandoned-1-iter_*")))
 
 
 def test_a_beginning_of_another_run_is_not_gone_on_from(command, tmp_path, capsys):
