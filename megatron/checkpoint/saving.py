@@ -85,8 +85,9 @@ class Saver:
         if self._is_first and self._writers.rank == 0:
             remove_left_over(self._root)
             for place in set_aside(str(self._root), self._loaded):
-                self._log.line(f"note: {place.name} is of the continuation that was left by going back to iteration "
-                               f"{self._loaded}; remove it if you do not need it")
+                whose = f"the continuation that was left by going back to iteration {self._loaded}"
+                self._log.line(f"note: {place.name} is of {whose if self._loaded else 'what was here before'}; "
+                               "remove it if you do not need it")
         self._is_first = False
         parts = self._shares.share_of(parts)
         if not self._config.async_save:
