@@ -41,6 +41,8 @@ class TaskConfig:
                            "from the labels; numbers are taken for numbers)", choices=LABEL_KINDS)
     pairs_from: int = flag(None, "number of a protein's first residue, if contacts are lists of pairs", kind=int,
                            choices=(0, 1))
+    skip_bad_records: bool = flag(False, "leave out, count and report records without a label or sequence that can be "
+                                  "read, instead of stopping at the first")
     class_weights: str = flag("none", "balanced: give rare classes more weight, so that all classes count alike",
                               choices=("none", "balanced"))
 
@@ -85,7 +87,7 @@ _TAKEN: Mapping[str, frozenset[str]] = {
 _FREE = {item.name for item in fields(Config().parallel)} | set(
     "load save save_interval exit_interval exit_duration_in_mins log_interval seeds train_data valid_data "
     "test_data attention_backend checkpoint_activations checkpoint_num_layers distribute_checkpointed_activations "
-    "recompute_granularity micro_batch_size compile flash_attention".split())
+    "recompute_granularity micro_batch_size compile flash_attention skip_bad_records".split())
 _IN_WORDS = {"task": "the task", "data": "the content of the task's files", "weights": "the content of --load",
              "seed": "the seed", "steps": "the number of steps", "began_from": "the iteration of --load",
              "proteins": "the number of proteins"}

@@ -21,7 +21,8 @@ from megatron.errors import CheckpointError, ConfigError, DataError
 from megatron.files import write_json
 from megatron.finetune.calibration import with_best_rate
 from megatron.finetune.data.examples import TaskData, load_task
-from megatron.finetune.data.labels import class_weights
+from megatron.finetune.data.labels import class_counts, class_weights
+from megatron.finetune.data.record import shown_counts
 from megatron.finetune.data.tasks import METRICS, NUMBER, NUMBERS, WITHOUT_CLASSES
 from megatron.finetune.flags import Flags, first_change, task_and_files
 from megatron.finetune.heads import HeadSpec
@@ -127,7 +128,7 @@ def _job(flags: Flags, mesh: Mesh, log: Log, requests: StopRequests) -> Job:
     vocab = vocab_of(checkpoint, config)
     checkpoint = with_padding_of(checkpoint, vocab, vocab.padded_size(config.model), log)
     task, files = task_and_files(flags.task_name, flags.task)
-    data = load_task(task, files, ResidueTokenizer(vocab))
+    data = load_task(task, files, ResidueTokenizer(vocab), log, flags.task.skip_bad_records)
     check_data(data, files)
     content, of_load = "the content of the task's files", "the content of --load"
     check_same({content: data.digest(), of_load: content_of(checkpoint)},
@@ -137,11 +138,20 @@ def _job(flags: Flags, mesh: Mesh, log: Log, requests: StopRequests) -> Job:
                  f"{_FILES[other]} file too; measures on them say little of other proteins")
     if "valid" not in data.parts:
         log.line("note: without a validation file nothing chooses the best weights: the last ones are kept")
-    log.line(f"{number_of(len(data.parts['train']), 'protein')} to learn from, labels of the kind {data.space.kind}"
-             + (f", {len(data.space.class_names)} classes" if data.space.class_names else ""))
+    log.line(f"{number_of(len(data.parts['train']), 'protein')} to learn from, {_of_labels(data)}")
     identity = {**flags.identity(), "data": data.digest(), "weights": digest_of_weights(checkpoint.path)}
     return Job(_settled(flags, flags_of(checkpoint), _begun(flags, mesh), mesh, log), identity, data,
                described(flags, data, config.data.num_ends), vocab, checkpoint, mesh, log, requests)
+
+
+def _of_labels(data: TaskData) -> str:
+    """The kind of the labels, in words, and how many of the training labels are of each class."""
+    names = data.space.class_names
+    told = f"labels of the kind {data.space.kind}"
+    if not names:
+        return told
+    counts = class_counts(data.space, [example.label for example in data.parts["train"]])
+    return f"{told}, {len(names):,} classes: {shown_counts(names, counts.tolist())}"
 
 
 def _begun(flags: Flags, mesh: Mesh) -> Mapping[str, Any] | None:

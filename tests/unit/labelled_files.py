@@ -30,11 +30,15 @@ def lmdb(path: Path, records: list[dict]) -> Path:
 
 def loaded(tmp_path: Path, records: list[dict], name: str = "own", others: list[dict] | None = None,
            **keys) -> TaskData:
-    """The task data read from `records`, the training part, and `others`, the validation part, as JSON lines."""
+    """The task data read from `records`, the training part, and `others`, the validation part, as JSON lines.
+
+    `log`, `skips`: as in `load_task`; the other `keys` as in `task_of`.
+    """
+    reading = {name: keys.pop(name) for name in ("log", "skips") if name in keys}
     files = {"train": str(json_lines(tmp_path / "train.jsonl", records))}
     if others is not None:
         files["valid"] = str(json_lines(tmp_path / "valid.jsonl", others))
-    return load_task(task_of(name, **keys), files, TOKENIZER)
+    return load_task(task_of(name, **keys), files, TOKENIZER, **reading)
 
 
 def labels(data: TaskData, part: str = "train") -> list:

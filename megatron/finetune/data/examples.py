@@ -60,14 +60,24 @@ class TaskData:
         return [(part, number, other) for part, number, other in found if number]
 
 
-def load_task(task: Task, files: dict[str, str], tokenizer: ResidueTokenizer) -> TaskData:
-    """Read the files of a task, given by part; classes are those of `train`. Raises DataError."""
-    records = read_records(files["train"], task, tokenizer)
+def load_task(task: Task, files: dict[str, str], tokenizer: ResidueTokenizer, log: Log | None = None,
+              skips: bool = False) -> TaskData:
+    """Read the files of a task, given by part; classes are those of `train`.
+
+    Raises DataError for the first bad record or label, or, with `skips`, leaves them out and logs which and how many.
+    """
+    log = log or Log(is_speaker=False)
+    skipped = {part: Skipped() if skips else None for part in files}
+    records = read_records(files["train"], task, tokenizer, skipped["train"])
     seen = [] if task.kind in WITHOUT_CLASSES else list(records)
-    space = label_space(task, seen)
-    parts = {"train": _examples(space, seen or records)}
-    parts |= {part: _examples(space, read_records(path, task, tokenizer))
+    space = label_space(task, seen, skips)
+    parts = {"train": _examples(space, seen or records, skipped["train"])}
+    parts |= {part: _examples(space, read_records(path, task, tokenizer, skipped[part]), skipped[part])
               for part, path in files.items() if part != "train"}
+    for part, of_part in skipped.items():
+        if of_part is not None:
+            of_part.num_left = len(parts[part])
+            of_part.tell(files[part], log)
     return TaskData(task, space, parts)
 
 
@@ -94,18 +104,31 @@ def read_proteins(path: str, task: Task, tokenizer: ResidueTokenizer, skips: boo
     return found
 
 
-def read_records(path: str, task: Task, tokenizer: ResidueTokenizer) -> Iterator[ProteinRecord]:
-    """The proteins of a file in order, with labels as they are in the file; raises DataError for the first bad one.
+def read_records(path: str, task: Task, tokenizer: ResidueTokenizer, skipped: Skipped | None = None
+                 ) -> Iterator[ProteinRecord]:
+    """The proteins of a file in order, with labels as they are in the file; raises DataError for the first bad one, or
+    counts them in `skipped` where that is given.
 
     A protein without an `id` is named by its number, from 1.
     """
     for number, place, record in _records(path):
-        values = _sound(place, record)
-        text = _text(place, values, task)
-        ids, num_gaps = _residues(place, text, tokenizer), sum(map(text.count, GAPS))
-        label, mask_key = _under(place, values, task.label_keys, "label"), present_key(task.mask_keys, values)
-        mask = None if mask_key is None else values[mask_key]
-        yield ProteinRecord(place, _name(number, values), ids, label, mask, num_gaps)
+        try:
+            found = _labelled(number, place, _sound(place, record), task, tokenizer)
+        except DataError as error:
+            if skipped is None:
+                raise DataError(f"{error}; {REMEDY}") from None
+            skipped.add(record.reason if isinstance(record, BadRecord) else "not protein", str(error))
+            continue
+        yield found
+
+
+def _labelled(number: int, place: str, values: dict[str, Any], task: Task, tokenizer: ResidueTokenizer
+              ) -> ProteinRecord:
+    text = _text(place, values, task)
+    ids, num_gaps = _residues(place, text, tokenizer), sum(map(text.count, GAPS))
+    label, mask_key = _under(place, values, task.label_keys, "label"), present_key(task.mask_keys, values)
+    mask = None if mask_key is None else values[mask_key]
+    return ProteinRecord(place, _name(number, values), ids, label, mask, num_gaps)
 
 
 def _records(path: str) -> Iterator[tuple[int, str, dict[str, Any] | BadRecord]]:
@@ -132,8 +155,19 @@ def _name(number: int, values: dict[str, Any]) -> str:
     return str(number if name in (None, "") else name)
 
 
-def _examples(space: LabelSpace, records: Iterable[ProteinRecord]) -> list[Example]:
-    return [Example(record.name, record.ids, space.read(record)) for record in records]
+def _examples(space: LabelSpace, records: Iterable[ProteinRecord], skipped: Skipped | None) -> list[Example]:
+    """The proteins with their labels as they are learnt; those that cannot be read are counted in `skipped`, or raise
+    DataError where that is None.
+    """
+    found = list[Example]()
+    for record in records:
+        try:
+            found.append(Example(record.name, record.ids, space.read(record)))
+        except DataError as error:
+            if skipped is None:
+                raise
+            skipped.add("bad label", str(error))
+    return found
 
 
 def _under(place: str, values: dict[str, Any], keys: tuple[str, ...], what: str) -> Any:

@@ -7,8 +7,11 @@ from typing import Any
 import numpy as np
 
 from megatron.errors import DataError
+from megatron.infer.skipped import FLAG
 
 _SHOWN, _NAMES, _SHOWN_OF_NAME, _SHOWN_OF_NAMES = 40, 12, 20, 80  # characters, names, and characters of these
+_MISSING = frozenset(("", "NA", "N/A", "n/a", "#N/A", "<NA>", "NaN", "nan", "NULL", "null", "None"))  # as in pandas
+BY_SKIPPING = f", as {FLAG} does"
 _MASKS: dict[Any, bool] = {"0": False, "1": True, 0: False, 1: True}
 
 
@@ -30,13 +33,26 @@ class ProteinRecord:
         """An error about this record."""
         return DataError(f"{self.place}: {finding}")
 
-    def present(self) -> Any:
-        """The label as a plain Python value; raises DataError if it is missing."""
+    def present(self, of_several: bool = False) -> Any:
+        """The label as a plain Python value; raises DataError if it is missing.
+
+        `of_several`: the protein may have several classes, or none, and the message says how to write none.
+        """
         value = plain(self.label)
         if value is None or (isinstance(value, str) and not value.strip()):
-            raise self.wrong("the label is missing; give it (of a protein of no class it is ; alone, or []), or leave "
-                             "the record out")
+            raise self.missing("of a protein of no class it is ; alone, or []" if of_several else "")
         return value
+
+    def has_label(self, is_table: bool) -> bool:
+        """Whether the label is there; with `is_table`, texts for missing values count as none (`is_missing`)."""
+        value = plain(self.label)
+        return value is not None and not (isinstance(value, str) and not value.strip()) and not (
+            is_table and is_missing(value))
+
+    def missing(self, remark: str = "") -> DataError:
+        """An error about a missing label."""
+        return self.wrong(f"the label is missing{remark and f' ({remark})'}; give it, or leave the record out"
+                          f"{BY_SKIPPING}")
 
     def counts(self) -> np.ndarray:
         """Which residues count according to the record's mask, bool [r]; all without a mask. Raises DataError."""
@@ -76,6 +92,11 @@ def as_number(value: Any) -> float | None:
         return None
 
 
+def is_missing(value: Any) -> bool:
+    """Whether a value is a text that tables have where nothing is known."""
+    return isinstance(value, str) and value.strip() in _MISSING
+
+
 def plain(value: Any) -> Any:
     """A value of NumPy, or bytes, as a plain Python value."""
     if isinstance(value, bytes):
@@ -89,9 +110,19 @@ def shown(value: Any) -> str:
     return text if len(text) <= _SHOWN else text[:_SHOWN] + "…"
 
 
+def shown_counts(names: Sequence[str], counts: Sequence[int]) -> str:
+    """Names with their counts: the first dozen, cut if they are long."""
+    short = [f"{_cut(name)} {count:,}" for name, count in zip(names[:_NAMES], counts, strict=False)]
+    return ", ".join(short) + (", …" if len(names) > len(short) else "")
+
+
 def shown_names(names: Sequence[str]) -> str:
     """Names as messages show them: the first few, cut if they are long, and how many there are."""
-    short = [name if len(name) <= _SHOWN_OF_NAME else name[:_SHOWN_OF_NAME] + "…" for name in names[:_NAMES]]
+    short = [_cut(name) for name in names[:_NAMES]]
     while len(short) > 2 and sum(map(len, short)) > _SHOWN_OF_NAMES:
         short.pop()
     return ", ".join(short) + (f", … ({len(names):,} in all)" if len(names) > len(short) else "")
+
+
+def _cut(name: str) -> str:
+    return name if len(name) <= _SHOWN_OF_NAME else name[:_SHOWN_OF_NAME] + "…"

@@ -16,7 +16,8 @@ from megatron.errors import CheckpointError, ConfigError
 from megatron.files import replacing
 from megatron.finetune.data.batches import PackedExamples
 from megatron.finetune.data.examples import Example, read_proteins
-from megatron.finetune.data.labels import SEPARATOR, LabelSpace
+from megatron.finetune.data.kinds import SEPARATOR
+from megatron.finetune.data.labels import LabelSpace
 from megatron.finetune.data.tasks import CLASS, CLASSES, CONTACTS, NUMBER, NUMBERS
 from megatron.finetune.model import Described
 from megatron.finetune.predictions.collected import predictions, settings_of
