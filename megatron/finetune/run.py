@@ -23,7 +23,7 @@ from megatron.finetune.calibration import with_best_rate
 from megatron.finetune.data.examples import TaskData, load_task
 from megatron.finetune.data.labels import class_counts, class_weights
 from megatron.finetune.data.record import shown_counts
-from megatron.finetune.data.tasks import METRICS, NUMBER, NUMBERS, WITHOUT_CLASSES
+from megatron.finetune.data.tasks import NUMBER, NUMBERS, WITHOUT_CLASSES
 from megatron.finetune.flags import Flags, first_change, task_and_files
 from megatron.finetune.heads import HeadSpec
 from megatron.finetune.model import TASK_FILE, Described
@@ -79,7 +79,7 @@ def run(flags: Flags, mesh: Mesh, log: Log) -> list[list[str]] | None:
         if log.is_speaker and len(reports) > 1:
             write_json(root / REPORT, {"seeds": {str(seed): report for seed, report in reports.items()},
                                        "spread": spreads(list(reports.values()))})
-    return rows_of(list(reports.values()), METRICS[job.data.space.kind])
+    return rows_of(list(reports.values()))
 
 
 def described(flags: Flags, data: TaskData, num_ends: int) -> Described:
@@ -102,19 +102,26 @@ def described(flags: Flags, data: TaskData, num_ends: int) -> Described:
 def spreads(reports: list[Report]) -> dict[str, dict[str, list[float]]]:
     """The mean over seeds, and the standard deviation, of each metric of each part."""
     return {part: {name: list(spread([_number(report["measures"][part][name][0]) for report in reports]))
-                   for name in measures} for part, measures in reports[0]["measures"].items()}
+                   for name in names} for part, names in _measured_by_all(reports).items()}
 
 
-def rows_of(reports: list[Report], names: tuple[str, ...]) -> list[list[str]]:
+def rows_of(reports: list[Report]) -> list[list[str]]:
     """The metrics of each part: with intervals for one seed, as mean and spread for several."""
     rows = []
-    for part, measures in reports[0]["measures"].items():
+    for part, names in _measured_by_all(reports).items():
+        measures = reports[0]["measures"][part]
         for name in names:
             values = [_number(report["measures"][part][name][0]) for report in reports]
             ends = [] if len(reports) > 1 else [_number(end) for end in measures[name][1:]]
             rows.append([part, name, f"{reports[0]['proteins'][part]:,}", with_spread(values),
                          "–" if not ends or np.isnan(ends[0]) else f"{ends[0]:.3f} to {ends[1]:.3f}"])
     return rows
+
+
+def _measured_by_all(reports: list[Report]) -> dict[str, list[str]]:
+    """The metrics of each part that every report has: one of an older version may have fewer."""
+    return {part: [name for name in measures if all(name in report["measures"][part] for report in reports)]
+            for part, measures in reports[0]["measures"].items()}
 
 
 def _job(flags: Flags, mesh: Mesh, log: Log, requests: StopRequests) -> Job:

@@ -46,6 +46,45 @@ def test_measures_of_classes_are_scikit_learns(num_classes):
     assert metrics.measure(space("class", num_classes), true, np.zeros(60, dtype=int))["mcc"].value == 0
 
 
+@pytest.mark.parametrize("digits", [1, 8])
+def test_areas_under_curves_are_scikit_learns_with_ties(digits):
+    rng = np.random.default_rng(digits)
+    for num_classes in (2, 3, 20):
+        true = np.append(np.arange(num_classes), rng.integers(num_classes, size=80))
+        scores = np.round(rng.random((len(true), num_classes)) + 0.3 * np.eye(num_classes)[true], digits)
+        scores /= scores.sum(axis=1, keepdims=True)
+        found = metrics.measure(space("class", num_classes), true, scores.argmax(1), probabilities=list(scores))
+        if num_classes > 2:
+            expected = sklearn_metrics.roc_auc_score(true, scores, multi_class="ovr")
+            assert "average_precision" not in found
+        else:
+            expected = sklearn_metrics.roc_auc_score(true, scores[:, 1])
+            assert found["average_precision"].value == pytest.approx(
+                sklearn_metrics.average_precision_score(true, scores[:, 1]))
+        assert found["auroc"].value == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("num_classes", [2, 4])
+def test_areas_under_curves_of_a_resample_are_those_of_its_proteins(num_classes):
+    rng = np.random.default_rng(num_classes)
+    true, scores = rng.integers(num_classes, size=40), np.round(rng.random((40, num_classes)), 1)
+    statistic = metrics._statistic(space("class", num_classes), true, scores.argmax(1), scores)
+    for _ in range(20):
+        drawn = rng.integers(40, size=12)
+        found = metrics.measure(space("class", num_classes), true[drawn], scores[drawn].argmax(1),
+                                probabilities=scores[drawn])
+        assert statistic(drawn) == pytest.approx({name: one.value for name, one in found.items()})
+    assert found["auroc"].value == pytest.approx(np.mean([
+        sklearn_metrics.roc_auc_score(true[drawn] == one, scores[drawn, one])
+        for one in ([1] if num_classes == 2 else np.unique(true[drawn]))]))
+
+
+def test_areas_under_curves_are_not_defined_for_one_class_alone():
+    found = metrics.measure(space("class", 2), [0, 0], [0, 0], probabilities=[np.array([.9, .1])] * 2, num_draws=5)
+    for name in ("auroc", "average_precision"):
+        assert np.isnan([found[name].value, found[name].low, found[name].high]).all()
+
+
 def test_measures_of_several_classes_are_scikit_learns():
     rng = np.random.default_rng(0)
     true, scores = rng.random((40, 5)) < 0.3, rng.random((40, 5))

@@ -1,1 +1,2 @@
-"""What a taught model says of proteins: `collected` from any layout, measured by `metrics`, written into `files`."""
+"""What a taught model says of proteins: `collected` from any layout, measured by `metrics` (`ranking`: by how
+probabilities rank), written into `files`."""

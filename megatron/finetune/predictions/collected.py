@@ -57,7 +57,8 @@ def measured(space: LabelSpace, examples: Sequence[Example], predicted: Sequence
              ) -> dict[str, Measured]:
     """The metrics of these `predictions`, by name; `num_draws` as in `metrics.measure`."""
     chosen = [value.argmax(-1) for value in predicted] if space.kind in (CLASS, RESIDUES) else predicted
-    return measure(space, [example.label for example in examples], chosen, num_draws=num_draws)
+    return measure(space, [example.label for example in examples], chosen, num_draws=num_draws,
+                   probabilities=predicted if space.kind == CLASS else None)
 
 
 class _Predicting(ForwardPasses):

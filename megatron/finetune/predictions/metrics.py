@@ -1,7 +1,8 @@
 """The metrics of tasks as the field reports them, computed from predictions on the host.
 
 Every function takes the true values first. `measure` computes all metrics of a kind of labels, those in
-`tasks.METRICS`, with bootstrap intervals on request. Shapes: n proteins or labels, c classes, r residues.
+`tasks.METRICS` and, for classes with probabilities, those of `ranking`, with bootstrap intervals on request. Shapes: n
+proteins or labels, c classes, r residues.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ import torch
 from megatron.finetune.data.contacts import pairs_in
 from megatron.finetune.data.labels import LabelSpace
 from megatron.finetune.data.tasks import CLASS, CLASSES, CONTACTS, METRICS, NUMBER, NUMBERS
+from megatron.finetune.predictions.ranking import ranking_measures
 from megatron.infer.bootstrap import draws, interval
 from megatron.infer.contacts.precision import DIVISORS, RANGES, precisions
 from megatron.infer.spearman import spearman
@@ -34,21 +36,22 @@ class Measured:
     high: float
 
 
-def measure(space: LabelSpace, true: Sequence[Any], predicted: Sequence[Any], *, num_draws: int = 0
-            ) -> dict[str, Measured]:
+def measure(space: LabelSpace, true: Sequence[Any], predicted: Sequence[Any], *,
+            probabilities: Sequence[np.ndarray] | None = None, num_draws: int = 0) -> dict[str, Measured]:
     """All metrics of a kind of labels on some proteins, by name.
 
     true: labels as `LabelSpace.read` returns them. predicted, for each protein: number, a float; class, the class;
     classes, a probability of each [c]; residues, the class of each residue [r]; numbers, one for each residue [r];
     contacts, a score of each pair [r, r]. If predictions cover only the first residues, the others do not count. All
-    residues have the same weight, whatever their protein. `num_draws`: number of bootstrap resamples of the proteins
-    for the percentile interval (`infer.bootstrap`); resamples for which a metric is undefined are left out.
+    residues have the same weight, whatever their protein. `probabilities`, for the kind class: those of all classes [c]
+    for each protein; without them there are no metrics of `ranking`. `num_draws`: number of bootstrap resamples of the
+    proteins for the percentile interval (`infer.bootstrap`); resamples for which a metric is undefined are left out.
     """
-    statistic = _statistic(space, true, predicted)
+    statistic = _statistic(space, true, predicted, probabilities)
     values = statistic(np.arange(len(true)))
     of_draws = [statistic(chosen) for chosen in draws(len(true), num_draws)]
     return {name: Measured(values[name], *interval([of_draw[name] for of_draw in of_draws]))
-            for name in METRICS[space.kind]}
+            for name in values}
 
 
 def spread(values: Sequence[float]) -> tuple[float, float]:
@@ -84,7 +87,8 @@ def contact_precision(table: np.ndarray, scores_rr: np.ndarray) -> dict[str, flo
             for row, reach in enumerate(REACHES) for column, divisor in enumerate(DIVISORS)}
 
 
-def _statistic(space: LabelSpace, true: Sequence[Any], predicted: Sequence[Any]) -> Statistic:
+def _statistic(space: LabelSpace, true: Sequence[Any], predicted: Sequence[Any],
+               probabilities: Sequence[np.ndarray] | None = None) -> Statistic:
     """A function that computes the metrics of some of the proteins, given by index."""
     if space.kind == NUMBER:
         true_n, predicted_n = (np.array(values, dtype=np.float64) for values in (true, predicted))
@@ -92,8 +96,7 @@ def _statistic(space: LabelSpace, true: Sequence[Any], predicted: Sequence[Any])
     if space.kind == NUMBERS:
         return _of_numbers_of_residues(true, predicted)
     if space.kind == CLASS:
-        true_n, predicted_n = np.array(true), np.array(predicted)
-        return lambda chosen: _of_classes(_counts(true_n[chosen], predicted_n[chosen]))
+        return _of_class(np.array(true), np.array(predicted), probabilities)
     if space.kind == CLASSES:
         return _of_several(np.array(true, dtype=bool), np.array(predicted))
     if space.kind == CONTACTS:
@@ -117,6 +120,15 @@ def _of_numbers(true_n: np.ndarray, predicted_n: np.ndarray) -> dict[str, float]
 def _of_classes(counts_3c: np.ndarray) -> dict[str, float]:
     """The metrics that follow from the counts of `_counts`."""
     return {"accuracy": _accuracy(counts_3c), "mcc": _mcc(counts_3c), "f1_macro": _f1_macro(counts_3c)}
+
+
+def _of_class(true_n: np.ndarray, predicted_n: np.ndarray, probabilities: Sequence[np.ndarray] | None) -> Statistic:
+    """A function that computes the metrics of some proteins with one class each."""
+    if probabilities is None or not len(true_n):
+        return lambda chosen: _of_classes(_counts(true_n[chosen], predicted_n[chosen]))
+    ranking = ranking_measures(true_n, np.array(probabilities))
+    return lambda chosen: {**_of_classes(_counts(true_n[chosen], predicted_n[chosen])),
+                           **ranking(_times(chosen, len(true_n)))}
 
 
 def _of_numbers_of_residues(true: Sequence[np.ndarray], predicted: Sequence[np.ndarray]) -> Statistic:
