@@ -8,7 +8,6 @@ from typing import Any
 
 from megatron.errors import ConfigError, DivergedError
 from megatron.files import write_json
-from megatron.finetune.data.tasks import METRICS
 from megatron.finetune.flags import first_change
 from megatron.finetune.training import FineTuning, Job
 from megatron.parallel.collectives import all_gather_object
@@ -30,7 +29,7 @@ def with_best_rate(job: Job, folder: Path) -> Job | None:
     known = all_gather_object(_chosen(place / CHOSEN, job.identity), job.mesh.world)[0]
     if known is not None:
         return _with_rate(job, known)
-    values = dict[float, float]()
+    values, chooser = dict[float, tuple[float, ...]](), ""
     for rate in job.flags.finetune.calibrate_lr:
         training = FineTuning(_with_rate(job, rate), job.flags.finetune.seeds[0], place / f"lr-{rate:g}", is_try=True)
         try:
@@ -41,13 +40,13 @@ def with_best_rate(job: Job, folder: Path) -> Job | None:
         if not is_done:
             job.log.line("stopped before a learning rate was chosen: the same command begins with that")
             return None
-        values[rate] = training.best_value
+        values[rate], chooser = training.best_values, training.chooser
         del training  # its memory is the next one's
     if not values:
         raise DivergedError("no learning rate of --calibrate-lr had gradients that were finite; give lower ones")
     best = max(values, key=lambda rate: values[rate])
-    shown = ", ".join(f"{value:.4f} with {rate:g}" for rate, value in values.items())
-    job.log.line(f"learning rate {best:g}, by {METRICS[job.data.space.kind][0]} on validation: {shown}")
+    shown = ", ".join(f"{best_values[0]:.4f} with {rate:g}" for rate, best_values in values.items())
+    job.log.line(f"learning rate {best:g}, by {chooser} on validation: {shown}")
     if job.log.is_speaker:
         write_json(place / CHOSEN, {"flags": job.identity, "lr": best})
     return _with_rate(job, best)

@@ -43,7 +43,8 @@ class TaskConfig:
                            choices=(0, 1))
     skip_bad_records: bool = flag(False, "leave out, count and report records without a label or sequence that can be "
                                   "read, instead of stopping at the first")
-    class_weights: str = flag("none", "balanced: give rare classes more weight, so that all classes count alike",
+    class_weights: str = flag("none", "balanced: give rare classes more weight, so that all classes count alike, and "
+                              "select the best epoch by MCC (of several classes a protein: macro F1)",
                               choices=("none", "balanced"))
 
 

@@ -38,7 +38,8 @@ class Progress:
     """The state of a training besides tensors, and which step was the best by validation.
 
     `epoch`: the number of complete epochs, including validation; `step`: steps taken in the next one. `best_at` is 0
-    and `best_value` -inf before the first validation.
+    and `best_values` are empty before the first validation. `best_values`: what it was compared by, of which `best_by`
+    names the first; "" in a training that was begun by a version which took the kind's first metric and wrote no name.
     """
 
     iteration: int = 0
@@ -46,16 +47,19 @@ class Progress:
     step: int = 0
     best_at: int = 0
     best_epoch: int = 0
-    best_value: float = -math.inf
+    best_by: str = ""
+    best_values: tuple[float, ...] = ()
 
     def state(self) -> dict[str, Any]:
         """All fields, as JSON."""
-        return asdict(self) | {"best_value": self.best_value if math.isfinite(self.best_value) else None}
+        return asdict(self) | {"best_values": [value if math.isfinite(value) else None for value in self.best_values]}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> "Progress":
         """The progress from what `state` returned."""
-        return cls(**{**state, "best_value": -math.inf if state["best_value"] is None else state["best_value"]})
+        fields = dict(state)
+        values = [fields.pop("best_value")] if "best_value" in fields else fields["best_values"]  # one if older
+        return cls(**fields | {"best_values": tuple(-math.inf if value is None else value for value in values)})
 
 
 class Unfinished:

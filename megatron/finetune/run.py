@@ -27,7 +27,7 @@ from megatron.finetune.data.tasks import NUMBER, NUMBERS, WITHOUT_CLASSES
 from megatron.finetune.flags import Flags, first_change, task_and_files
 from megatron.finetune.heads import HeadSpec
 from megatron.finetune.model import TASK_FILE, Described
-from megatron.finetune.predictions.metrics import spread, with_spread
+from megatron.finetune.predictions.metrics import form_of, spread, with_spread
 from megatron.finetune.progress import UNFINISHED, remove_unfinished
 from megatron.finetune.training import REPORT, Job, fine_tune
 from megatron.infer.pretrained import config_of, flags_of, vocab_of
@@ -111,10 +111,10 @@ def rows_of(reports: list[Report]) -> list[list[str]]:
     for part, names in _measured_by_all(reports).items():
         measures = reports[0]["measures"][part]
         for name in names:
-            values = [_number(report["measures"][part][name][0]) for report in reports]
+            values, form = [_number(report["measures"][part][name][0]) for report in reports], form_of(name)
             ends = [] if len(reports) > 1 else [_number(end) for end in measures[name][1:]]
-            rows.append([part, name, f"{reports[0]['proteins'][part]:,}", with_spread(values),
-                         "–" if not ends or np.isnan(ends[0]) else f"{ends[0]:.3f} to {ends[1]:.3f}"])
+            rows.append([part, name, f"{reports[0]['proteins'][part]:,}", with_spread(values, form=form),
+                         "–" if not ends or np.isnan(ends[0]) else f"{ends[0]:{form}} to {ends[1]:{form}}"])
     return rows
 
 

@@ -25,11 +25,11 @@ from megatron.errors import DivergedError, SaveError
 from megatron.files import write_json
 from megatron.finetune.data.batches import PackedExamples
 from megatron.finetune.data.examples import TaskData
-from megatron.finetune.data.tasks import METRICS
+from megatron.finetune.data.tasks import BALANCED, METRICS
 from megatron.finetune.flags import Flags
 from megatron.finetune.model import Described
 from megatron.finetune.predictions.collected import measured, predictions, settings_of
-from megatron.finetune.predictions.metrics import Measured
+from megatron.finetune.predictions.metrics import Measured, form_of, standing
 from megatron.finetune.progress import Unfinished
 from megatron.infer.pretrained import flags_of
 from megatron.log import Log
@@ -83,8 +83,7 @@ def fine_tune(job: Job, seed: int, folder: Path) -> dict[str, Any] | None:
 
 
 class FineTuning:
-    """A training of at most `num_steps` steps, which continues an earlier one; `best_value`: the best first metric so
-    far.
+    """A training of at most `num_steps` steps, which continues an earlier one.
 
     `is_try`: stop after a quarter of an epoch, or 20 steps, with the whole learning rate schedule in these, and save
     nothing.
@@ -117,9 +116,17 @@ class FineTuning:
             forget_after(self._metrics.path, self._progress.iteration)
 
     @property
-    def best_value(self) -> float:
-        """The first metric at the best validation so far."""
-        return self._progress.best_value
+    def best_values(self) -> tuple[float, ...]:
+        """What the best validation so far was compared by (`metrics.standing`), the metric `chooser` first."""
+        return self._progress.best_values
+
+    @property
+    def chooser(self) -> str:
+        """The metric that chooses the best epoch: with balanced classes, one in which rare classes count."""
+        kind, progress = self._job.data.space.kind, self._progress
+        if self._job.flags.task.class_weights == "balanced" and not progress.best_at:
+            return BALANCED[kind]
+        return progress.best_by or METRICS[kind][0]
 
     def run(self) -> bool:
         """Take the remaining steps until all are taken or validation stops improving, then load the best weights.
@@ -159,7 +166,7 @@ class FineTuning:
         found = {part: self._measured(part, self._job.flags.finetune.bootstrap) for part in self._parts}
         return {"flags": self._job.identity, "seed": self._seed, "lr": self._config.schedule.lr,
                 "iteration": self._kept, "epoch": self._progress.best_epoch or self._progress.epoch,
-                "iterations": self._progress.iteration,
+                "iterations": self._progress.iteration, "chosen_by": self.chooser if self._progress.best_at else None,
                 "proteins": {part: len(examples) for part, examples in self._job.data.parts.items()},
                 "measures": {part: {name: [_finite(end) for end in (one.value, one.low, one.high)]
                                     for name, one in measures.items()} for part, measures in found.items()}}
@@ -258,16 +265,17 @@ class FineTuning:
         self._save()
 
     def _validate(self) -> None:
-        progress, measures, name = self._progress, self._measured("valid"), METRICS[self._job.data.space.kind][0]
-        value = measures[name].value
-        is_better = progress.best_at == 0 or value > progress.best_value
+        progress, measures, chooser = self._progress, self._measured("valid"), self.chooser
+        values = standing(measures, chooser)
+        is_better = values > progress.best_values
         if is_better:
             progress.best_at, progress.best_epoch = progress.iteration, progress.epoch
-            progress.best_value = -math.inf if math.isnan(value) else value
+            progress.best_by, progress.best_values = chooser, values
             self._best = self._unfinished.copied()
         self._write("valid", progress.epoch, {name: one.value for name, one in measures.items()})
-        shown = " | ".join(f"{name}: {one.value:.4f}" for name, one in list(measures.items())[:4])
-        self._log.line(f" epoch {progress.epoch:4d} | validation {shown}{' | best so far' if is_better else ''}")
+        shown = " | ".join(f"{name}: {one.value:{form_of(name, 4)}}" for name, one in list(measures.items())[:4])
+        self._log.line(f" epoch {progress.epoch:4d} | validation {shown}"
+                       f"{f' | best so far by {chooser}' if is_better else ''}")
 
     def _measured(self, part: str, num_draws: int = 0) -> Measures:
         packed = self._parts[part]

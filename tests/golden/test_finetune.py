@@ -328,8 +328,11 @@ def test_seeds_have_a_model_each_and_the_same_command_does_none_again(taught, ba
     assert finetune(*command, 1, 2) == 0
     report = report_of(tmp_path / "out")
     values = [report["seeds"][seed]["measures"]["test"]["accuracy"][0] for seed in ("1", "2")]
+    assert {one["chosen_by"] for one in report["seeds"].values()} == {"mcc"}
     assert report["spread"]["test"]["accuracy"] == pytest.approx([np.mean(values), np.std(values, ddof=1)])
-    assert f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}" in said and "best so far by mcc" in said
+    assert "labels of the kind class, 2 classes: poor " in said and "auroc" in said
     assert finetune(*command, 1, 2, 3) == 0
     said = capsys.readouterr().out
     assert said.count("is done already") == 2 and "training, seed" not in said

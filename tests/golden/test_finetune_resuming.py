@@ -12,7 +12,7 @@ import pytest
 
 from megatron.checkpoint.store import iterations, open_place
 from megatron.finetune import training
-from megatron.finetune.progress import UNFINISHED
+from megatron.finetune.progress import UNFINISHED, Progress
 from megatron.train.setup import precision
 from megatron.train.step.train_step import TrainStep
 from tests.golden.test_finetune import MODEL, finetune, refusal, report_of, task
@@ -51,12 +51,15 @@ def undisturbed(command, tmp_path_factory):
     return root
 
 
+def content_of_metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
 def content(folder):
     """The weights, the report and what was logged, but for how fast it went."""
     (place,) = iterations(folder).values()
     weights = {name: tensor.read().tolist() for name, tensor in open_place(place).model.items()}
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return weights, report_of(folder), [{**record, "residues_per_s": 0} for record in records]
+    return weights, report_of(folder), [{**record, "residues_per_s": 0} for record in content_of_metrics(folder)]
 
 
 def after_steps(number, monkeypatch, act):
@@ -109,6 +112,24 @@ def test_a_run_that_dies_goes_on_from_its_last_checkpoint_bitwise(flags, from_st
     assert command("whole", tmp_path / "out", *flags) == 0
     assert f"going on from iteration {last}" in capsys.readouterr().out
     assert content(tmp_path / "out") == content(undisturbed / "whole")
+
+
+def test_a_training_that_an_older_version_began_goes_on_and_is_chosen_by_what_it_was(command, undisturbed, tmp_path,
+                                                                                     monkeypatch, capsys):
+    """It stored the value of the kind's first metric alone."""
+    flags = ["head", tmp_path / "out", "--class-weights", "balanced"]
+    validations = [record for record in content_of_metrics(undisturbed / "head") if record["kind"] == "valid"]
+    stop = validations[0]["iteration"] + 1
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "state", lambda self: {
+            "iteration": self.iteration, "epoch": self.epoch, "step": self.step, "best_at": self.best_at,
+            "best_epoch": self.best_epoch, "best_value": self.best_values[0] if self.best_values else None})
+        patch.setattr(training.FineTuning, "chooser", "accuracy")
+        assert command(*flags, "--exit-interval", stop) == 0
+    capsys.readouterr()
+    assert command(*flags) == 0
+    assert f"going on from iteration {stop}" in capsys.readouterr().out
+    assert report_of(tmp_path / "out")["chosen_by"] == "accuracy"
 
 
 def test_a_seed_that_dies_behind_its_last_step_takes_none_again(command, undisturbed, tmp_path, monkeypatch, capsys):

@@ -226,3 +226,22 @@ def test_a_spread_over_seeds_is_a_samples():
     assert metrics.spread([0.6, 0.7, 0.8]) == pytest.approx((0.7, 0.1))
     assert metrics.with_spread([0.6, 0.7, 0.8]) == "0.700 ± 0.100"
     assert metrics.with_spread([0.71]) == "0.710"
+
+
+@pytest.mark.parametrize(("name", "value", "text"), [
+    ("mse", 0.001719, "0.001719"), ("mae", 3.2e26, "3.2e+26"), ("spearman", 0.71249, "0.712")])
+def test_errors_on_the_scale_of_labels_have_four_digits_and_the_others_three_decimals(name, value, text):
+    assert metrics.with_spread([value], form=metrics.form_of(name)) == text
+
+
+def test_evaluations_are_compared_by_one_metric_and_among_equals_by_the_others():
+    def of(**values):
+        return {name: metrics.Measured(value, np.nan, np.nan) for name, value in values.items()}
+
+    common, rare = of(accuracy=0.9, mcc=0.0), of(accuracy=0.8, mcc=0.5)
+    assert metrics.standing(common, "accuracy") > metrics.standing(rare, "accuracy")
+    assert metrics.standing(common, "mcc") < metrics.standing(rare, "mcc")
+    assert metrics.standing(of(accuracy=0.9, mcc=0.1), "accuracy") > metrics.standing(common, "accuracy")
+    constant = of(spearman=np.nan, mse=2.0)
+    assert metrics.standing(constant, "spearman") == (-np.inf, -2.0)
+    assert metrics.standing(of(spearman=np.nan, mse=1.0), "spearman") > metrics.standing(constant, "spearman")

@@ -17,7 +17,7 @@ NUMBER, CLASS, CLASSES, RESIDUES, NUMBERS, CONTACTS = LABEL_KINDS = (
     "number", "class", "classes", "residues", "numbers", "contacts")
 WITHOUT_CLASSES = (NUMBER, NUMBERS, CONTACTS)  # known without having seen every label
 
-# As `metrics.measure` names them; the first one chooses the best of several evaluations.
+# As `metrics.measure` names them; the first one chooses the best of several evaluations, unless classes are balanced.
 METRICS = {
     NUMBER: ("spearman", "pearson", "mse", "mae"),
     CLASS: ("accuracy", "mcc", "f1_macro"),
@@ -27,6 +27,8 @@ METRICS = {
     CONTACTS: tuple(f"{reach}_p_at_{size}" for reach in ("medium_long", "long", "medium", "short")
                     for size in ("l5", "l2", "l")),
 }
+ERRORS = frozenset(("mse", "mae"))  # smaller is better, and they have the scale of the labels
+BALANCED = {CLASS: "mcc", CLASSES: "f1_macro", RESIDUES: "mcc"}  # chooses with --class-weights balanced
 SEQUENCE_KEYS = ("primary", "seq", "sequence", "text")
 LABEL_KEYS = ("label", "labels", "target")
 MASK_KEYS = ("mask", "valid_mask")

@@ -5,7 +5,7 @@ Every function takes the true values first. `measure` computes all metrics of a 
 proteins or labels, c classes, r residues.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 
 from megatron.finetune.data.contacts import pairs_in
 from megatron.finetune.data.labels import LabelSpace
-from megatron.finetune.data.tasks import CLASS, CLASSES, CONTACTS, METRICS, NUMBER, NUMBERS
+from megatron.finetune.data.tasks import CLASS, CLASSES, CONTACTS, ERRORS, METRICS, NUMBER, NUMBERS
 from megatron.finetune.predictions.ranking import ranking_measures
 from megatron.infer.bootstrap import draws, interval
 from megatron.infer.contacts.precision import DIVISORS, RANGES, precisions
@@ -54,15 +54,32 @@ def measure(space: LabelSpace, true: Sequence[Any], predicted: Sequence[Any], *,
             for name in values}
 
 
+def standing(measures: Mapping[str, Measured], first: str) -> tuple[float, ...]:
+    """What evaluations are compared by, larger is better: the metric `first`, then the others in order, which decide
+    among equals. An undefined metric is -inf.
+    """
+    values = {name: -one.value if name in ERRORS else one.value for name, one in measures.items()}
+    ordered = [values[first], *(value for name, value in values.items() if name != first)]
+    return tuple(-np.inf if np.isnan(value) else value for value in ordered)
+
+
 def spread(values: Sequence[float]) -> tuple[float, float]:
     """The mean over seeds and its standard deviation (of a sample: divided by n − 1); NaN for a single seed."""
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else np.nan
 
 
-def with_spread(values: Sequence[float], digits: int = 3) -> str:
-    """Text such as `0.712 ± 0.004`, without a spread if there is only one value."""
+def with_spread(values: Sequence[float], digits: int = 3, form: str = "") -> str:
+    """Text such as `0.712 ± 0.004`, without a spread if there is only one value, in a form such as `.4g` or else with
+    so many decimals.
+    """
     mean, deviation = spread(values)
-    return f"{mean:.{digits}f}" + ("" if np.isnan(deviation) else f" ± {deviation:.{digits}f}")
+    form = form or f".{digits}f"
+    return f"{mean:{form}}" + ("" if np.isnan(deviation) else f" ± {deviation:{form}}")
+
+
+def form_of(name: str, digits: int = 3) -> str:
+    """How a value of this metric is formatted: with so many decimals, or, on the scale of labels, four digits."""
+    return ".4g" if name in ERRORS else f".{digits}f"
 
 
 def pearson(true_n: np.ndarray, predicted_n: np.ndarray) -> float:
