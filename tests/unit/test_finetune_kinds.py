@@ -69,6 +69,19 @@ def test_records_without_a_label_that_can_be_read_are_left_out_and_counted_where
     assert "no protein is left (skipped: bad label 1)" in refused(tmp_path, of(None), skips=True)
 
 
+@pytest.mark.parametrize(("values", "hint"), [
+    (("0", "1", "1"), "there are only 2 different ones, all whole"), ((0, 1.0, 2), "only 3 different ones, all whole"),
+    (("1.1", "1.10", "2.3"), "the labels 1.1 and 1.10 are read as the same number"),
+    (("0.5", "1", "0.5"), None), (tuple(range(11)), None), (("a", "b", "a"), None)])
+def test_numbers_that_may_be_classes_are_said_to_be_read_as_numbers(tmp_path, capsys, values, hint):
+    records = of(*values, sequences=["MKVLAA"] * len(values))
+    loaded(tmp_path, records, log=Log())
+    said = capsys.readouterr().out
+    assert said == "" if hint is None else said.startswith("note: ") and f"{hint}; --label-kind class if" in said
+    loaded(tmp_path, records, label_kind="class" if values[0] == "a" else "number", log=Log())
+    assert "--label-kind" not in capsys.readouterr().out
+
+
 def test_labels_are_counted_for_each_class(tmp_path):
     counts = {kind: class_counts(LabelSpace(kind, tuple("abc")), labels).tolist() for kind, labels in (
         ("class", [0, 0, 2]), ("residues", [np.array([0, X, 1]), np.array([1])]),

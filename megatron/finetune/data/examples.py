@@ -12,9 +12,10 @@ from megatron.data.corpus.tokenizer import GAPS, ResidueTokenizer
 from megatron.data.sources.block import DEFAULT_NAME_KEY, BadRecord, type_name
 from megatron.data.sources.source import Source, records_of
 from megatron.errors import DataError
+from megatron.finetune.data.kinds import hint_of_classes
 from megatron.finetune.data.labels import LabelSpace, label_space
-from megatron.finetune.data.record import ProteinRecord
-from megatron.finetune.data.tasks import SEQUENCE_KEYS, WITHOUT_CLASSES, Task, present_key
+from megatron.finetune.data.record import ProteinRecord, plain
+from megatron.finetune.data.tasks import NUMBER, SEQUENCE_KEYS, WITHOUT_CLASSES, Task, present_key
 from megatron.infer.skipped import REMEDY, Skipped
 from megatron.log import Log
 
@@ -71,6 +72,8 @@ def load_task(task: Task, files: dict[str, str], tokenizer: ResidueTokenizer, lo
     records = read_records(files["train"], task, tokenizer, skipped["train"])
     seen = [] if task.kind in WITHOUT_CLASSES else list(records)
     space = label_space(task, seen, skips)
+    if task.kind is None and space.kind == NUMBER and (hint := hint_of_classes(plain(record.label) for record in seen)):
+        log.line(f"note: {hint}; --label-kind class if they are classes")
     parts = {"train": _examples(space, seen or records, skipped["train"])}
     parts |= {part: _examples(space, read_records(path, task, tokenizer, skipped[part]), skipped[part])
               for part, path in files.items() if part != "train"}

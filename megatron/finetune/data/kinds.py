@@ -1,7 +1,7 @@
 """Infers the kind of a training file's labels from their values; errors name the place in the file."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from megatron.errors import DataError
@@ -10,6 +10,7 @@ from megatron.finetune.data.tasks import CLASS, CLASSES, CONTACTS, NUMBER, NUMBE
 
 SEPARATOR = ";"  # between the classes, or numbers, of one text
 _OF_RESIDUES = {RESIDUES, NUMBERS}
+_FEW_CLASSES = 10
 _COMMA = re.compile(r"[+-]?\d*(,\d+)+(\.\d+)?([eE][+-]?\d+)?")
 _ALMOST = re.compile(rf"[<>≤≥~]?=?\s*({_COMMA.pattern}|[+-]?\d*\.?\d+([eE][+-]?\d+)?)\s*%?")
 
@@ -62,6 +63,23 @@ def no_number(record: ProteinRecord, others: str = "", otherwise: str = "") -> D
     remedy = ("write a decimal point, and no other comma" if isinstance(value, str) and _COMMA.fullmatch(value.strip())
               else f"give a number, or leave the record out{BY_SKIPPING}")
     return record.wrong(f"the label {shown(value)} is no number{others}; {remedy}{otherwise}")
+
+
+def hint_of_classes(labels: Iterable[Any]) -> str | None:
+    """Why labels that are read as numbers may be classes: a few whole numbers, or one number in two spellings, such as
+    1.1 and 1.10; None if nothing speaks for it.
+    """
+    spellings: dict[float, str] = {}
+    for value in labels:
+        number = as_number(value)
+        if number is None or is_missing(value):
+            continue
+        before, text = spellings.setdefault(number, str(value).strip()), str(value).strip()
+        if before != text and "." in before and "." in text:
+            return f"the labels {before} and {text} are read as the same number"
+    if not spellings or len(spellings) > _FEW_CLASSES or not all(number.is_integer() for number in spellings):
+        return None
+    return f"the labels are read as numbers, and there are only {len(spellings):,} different ones, all whole"
 
 
 def _of_other_length(odd: Sequence[ProteinRecord], num_records: int, kind: str) -> DataError:
