@@ -143,6 +143,10 @@ def _job(flags: Flags, mesh: Mesh, log: Log, requests: StopRequests) -> Job:
     for part, number, other in data.overlaps():
         log.line(f"note: {number:,} of {len(data.parts[part]):,} {part} proteins have a sequence that is in the "
                  f"{_FILES[other]} file too; measures on them say little of other proteins")
+    num_sequences, num_proteins = data.contradictions()
+    if num_sequences:
+        log.line(f"note: the training file has {number_of(num_sequences, 'sequence')} with labels that differ, in "
+                 f"{num_proteins:,} proteins; all of them are learnt from")
     if "valid" not in data.parts:
         log.line("note: without a validation file nothing chooses the best weights: the last ones are kept")
     log.line(f"{number_of(len(data.parts['train']), 'protein')} to learn from, {_of_labels(data)}")

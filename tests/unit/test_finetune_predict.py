@@ -195,6 +195,14 @@ def test_numbers_that_are_all_the_same_are_refused(tmp_path, kind, label, said):
         check_data(data, {"train": "train.csv"})
 
 
+@pytest.mark.parametrize(("labels", "found"), [
+    ("aabb", (0, 0)), ("aaab", (1, 2)), ("abab", (2, 4)), ([1, 1.5, 2, 2.0], (1, 2)), (["HE", "HC", "H", "H"], (1, 2))])
+def test_sequences_with_labels_that_differ_are_counted(tmp_path, labels, found):
+    data = loaded(tmp_path, [{"seq": sequence, "label": label} for sequence, label in
+                             zip(("MK", "mk", "A", "A"), labels, strict=True)])
+    assert data.contradictions() == found
+
+
 def test_proteins_that_are_in_another_part_too_are_counted_by_their_sequences(tmp_path):
     def of(*sequences):
         return [{"seq": sequence, "label": number} for number, sequence in enumerate(sequences)]

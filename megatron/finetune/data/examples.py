@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -43,10 +44,18 @@ class TaskData:
         for part, examples in self.parts.items():
             digest.update(part.encode())
             for example in examples:
-                label = example.label
-                digest.update(example.ids.tobytes() + (
-                    label.tobytes() if isinstance(label, np.ndarray) else repr(label).encode()) + b"\n")
+                digest.update(example.ids.tobytes() + _bytes_of(example.label) + b"\n")
         return digest.hexdigest()
+
+    def contradictions(self) -> tuple[int, int]:
+        """How many sequences of the training part occur with different labels, and how many proteins have these."""
+        labels, count = defaultdict[bytes, set[bytes]](set), Counter[bytes]()
+        for example in self.parts["train"]:
+            sequence = example.ids.tobytes()
+            labels[sequence].add(_bytes_of(example.label))
+            count[sequence] += 1
+        found = [count[sequence] for sequence, different in labels.items() if len(different) > 1]
+        return len(found), sum(found)
 
     def overlaps(self) -> list[tuple[str, int, str]]:
         """How many proteins of each part have the same sequence as one in train or valid: (part, number, train or
@@ -156,6 +165,10 @@ def _name(number: int, values: dict[str, Any]) -> str:
     name = values.get(DEFAULT_NAME_KEY)
     name = name.decode(errors="replace") if isinstance(name, bytes) else name
     return str(number if name in (None, "") else name)
+
+
+def _bytes_of(label: Any) -> bytes:
+    return label.tobytes() if isinstance(label, np.ndarray) else repr(label).encode()
 
 
 def _examples(space: LabelSpace, records: Iterable[ProteinRecord], skipped: Skipped | None) -> list[Example]:
