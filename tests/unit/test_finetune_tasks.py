@@ -134,6 +134,19 @@ def test_proteins_without_labels_are_read_from_fasta_too(tmp_path):
                                                                                        ("P2", 1, None)]
 
 
+def test_a_column_is_found_in_another_case_if_only_one_is_meant(tmp_path):
+    (tmp_path / "in.csv").write_text("ID,Sequence,Label\nP1,MKV,0.5\nP2,AC,0.7\n")
+    (tmp_path / "two.csv").write_text("Sequence,SEQUENCE,label\nMKV,AAA,1\nMK,AA,2\n")
+    (tmp_path / "exact.csv").write_text("SEQ,sequence,Label,label\nAAA,MKV,1,3\nAA,MK,2,4\n")
+    files = {"train": str(tmp_path / "in.csv"), "valid": str(tmp_path / "exact.csv")}
+    data = load_task(task_of("own"), files, TOKENIZER)
+    assert [(one.name, len(one.ids), one.label) for one in data.parts["train"]] == [("P1", 3, 0.5), ("P2", 2, 0.7)]
+    assert data.parts["valid"][0].ids.tolist() == TOKENIZER.encode("MKV").tolist() and labels(data, "valid") == [3, 4]
+    assert read_proteins(str(tmp_path / "in.csv"), task_of("own"), TOKENIZER, False, Log())[1].name == "P2"
+    with pytest.raises(DataError, match="no sequence under .*; it has 'Sequence', 'SEQUENCE', 'label'"):
+        load_task(task_of("own"), {"train": str(tmp_path / "two.csv")}, TOKENIZER)
+
+
 def test_a_key_that_is_not_there_is_told_with_each_that_was_looked_for_once(tmp_path):
     (tmp_path / "in.csv").write_text("protein\nMKV\n")
     with pytest.raises(DataError, match="no sequence under 'primary' or 'seq' or 'sequence' or 'text'; it has "

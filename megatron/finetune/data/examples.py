@@ -162,7 +162,8 @@ def _sound(place: str, record: dict[str, Any] | BadRecord) -> dict[str, Any]:
 
 
 def _name(number: int, values: dict[str, Any]) -> str:
-    name = values.get(DEFAULT_NAME_KEY)
+    key = present_key((DEFAULT_NAME_KEY,), values, any_case=True)
+    name = None if key is None else values[key]
     name = name.decode(errors="replace") if isinstance(name, bytes) else name
     return str(number if name in (None, "") else name)
 
@@ -188,7 +189,7 @@ def _examples(space: LabelSpace, records: Iterable[ProteinRecord], skipped: Skip
 
 def _under(place: str, values: dict[str, Any], keys: tuple[str, ...], what: str) -> Any:
     """The value under the first of `keys` that a record has; raises DataError if it has none of them."""
-    key = present_key(keys, values)
+    key = present_key(keys, values, any_case=True)
     if key is None:
         found = ", ".join(repr(other)[:40] for other in list(values)[:8]) or "nothing"
         wanted = " or ".join(map(repr, keys))

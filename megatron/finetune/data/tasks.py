@@ -120,9 +120,16 @@ def split_files(task: Task, folder: str) -> dict[str, str]:
                     "train.jsonl.gz, .csv.gz, .parquet, …")
 
 
-def present_key(keys: Sequence[str], record: dict[str, object]) -> str | None:
-    """The first of `keys` that a record has; None if it has none."""
-    return next((key for key in keys if key in record), None)
+def present_key(keys: Sequence[str], record: dict[str, object], any_case: bool = False) -> str | None:
+    """The key of a record that is the first of `keys` in it; None if it has none.
+
+    `any_case`: else the first that a single key of the record is in another case, as `Sequence` is `sequence`.
+    """
+    found = next((key for key in keys if key in record), None)
+    if found is not None or not any_case:
+        return found
+    alike = ([name for name in record if isinstance(name, str) and name.lower() == key.lower()] for key in keys)
+    return next((names[0] for names in alike if len(names) == 1), None)
 
 
 def _order(part: str) -> tuple[int, str]:
