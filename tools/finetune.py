@@ -68,7 +68,7 @@ def foretell(given: argparse.Namespace, mesh: Mesh, log: Log) -> None:
     """Write what a taught model predicts."""
     with leaving_no_empty(Path(given.output)):
         predict(given.model, given.file, given.output, given.precision, given.skip_bad_records, mesh, log,
-                sequence_key=given.sequence_key, overwrite=given.overwrite)
+                sequence_key=given.sequence_key, name_key=given.name_key, overwrite=given.overwrite)
 
 
 def predict_parser() -> argparse.ArgumentParser:
@@ -80,6 +80,8 @@ def predict_parser() -> argparse.ArgumentParser:
     flags.add_argument("output", metavar="OUTPUT", help="file ending in .csv or .jsonl")
     flags.add_argument("--sequence-key", "--json-key", "--json-keys", metavar="KEY",
                        help="key or column of the sequence (default: the task's, else that of FILE's kind)")
+    flags.add_argument("--name-key", metavar="KEY",
+                       help="key or column of the name (default: id; proteins without a name are numbered)")
     flags.add_argument("--overwrite", action="store_true", help="replace an existing output")
     flags.add_argument("--precision", choices=PRECISIONS, default="fp32",
                        help="precision of the computation (default: fp32)")

@@ -134,6 +134,15 @@ def test_proteins_without_labels_are_read_from_fasta_too(tmp_path):
                                                                                        ("P2", 1, None)]
 
 
+def test_proteins_are_named_by_the_column_that_is_said(tmp_path):
+    (tmp_path / "in.csv").write_text("id,entry,seq\n1,P1,MKV\n2,,AC\n")
+    arguments = (str(tmp_path / "in.csv"), task_of("own"), TOKENIZER, False, Log())
+    assert [one.name for one in read_proteins(*arguments, name_key="entry")] == ["P1", "2"]
+    assert [one.name for one in read_proteins(*arguments)] == ["1", "2"]
+    with pytest.raises(DataError, match="line 2: no name under 'none'; it has 'id', 'entry', 'seq'. --name-key names"):
+        read_proteins(*arguments, name_key="none")
+
+
 def test_a_column_is_found_in_another_case_if_only_one_is_meant(tmp_path):
     (tmp_path / "in.csv").write_text("ID,Sequence,Label\nP1,MKV,0.5\nP2,AC,0.7\n")
     (tmp_path / "two.csv").write_text("Sequence,SEQUENCE,label\nMKV,AAA,1\nMK,AA,2\n")

@@ -94,11 +94,12 @@ def load_task(task: Task, files: dict[str, str], tokenizer: ResidueTokenizer, lo
 
 
 def read_proteins(path: str, task: Task, tokenizer: ResidueTokenizer, skips: bool, log: Log,
-                  sequence_key: str | None = None) -> list[Example]:
+                  sequence_key: str | None = None, name_key: str | None = None) -> list[Example]:
     """The proteins of a file of any format, such as FASTA, without labels.
 
-    `sequence_key` names the key of the sequence; None: the task's own keys or a format's usual one. Raises DataError
-    for the first bad record, or, with `skips`, logs all of them and leaves them out.
+    `sequence_key` names the key of the sequence; None: the task's own keys or a format's usual one. `name_key`: that of
+    the name; None: `id`, if there is one. Raises DataError for the first bad record, or, with `skips`, logs all of them
+    and leaves them out.
     """
     keys = (sequence_key,) if sequence_key else tuple(dict.fromkeys((*task.sequence_keys, *SEQUENCE_KEYS)))
     task = replace(task, sequence_keys=keys)
@@ -106,7 +107,9 @@ def read_proteins(path: str, task: Task, tokenizer: ResidueTokenizer, skips: boo
     for number, place, record in _records(path):
         try:
             values = _sound(place, record)
-            found.append(Example(_name(number, values), _residues(place, _text(place, values, task), tokenizer)))
+            name = _name(number, values if name_key is None else {
+                DEFAULT_NAME_KEY: _under(place, values, (name_key,), "name")})
+            found.append(Example(name, _residues(place, _text(place, values, task), tokenizer)))
         except DataError as error:
             if not skips:
                 raise DataError(f"{error}; {REMEDY}") from None

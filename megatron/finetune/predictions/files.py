@@ -31,7 +31,7 @@ _DIGITS = 6
 
 
 def predict(folder: str, file: str, output: str, precision: str, skips: bool, mesh: Mesh, log: Log, *,
-            sequence_key: str | None = None, overwrite: bool = False) -> None:
+            sequence_key: str | None = None, name_key: str | None = None, overwrite: bool = False) -> None:
     """Write the predictions of the model in `folder` for each protein of `file`; all ranks must call this together.
 
     `skips`: leave out records that are not proteins. Raises a UserError for input that cannot be read, and for an
@@ -53,7 +53,8 @@ def predict(folder: str, file: str, output: str, precision: str, skips: bool, me
                               "tools/finetune.py named")
     config = config_of(checkpoint, precision, mesh.tensor.size)
     vocab = vocab_of(checkpoint, config)
-    proteins = read_proteins(file, described.task, ResidueTokenizer(vocab), skips, log, sequence_key)
+    proteins = read_proteins(file, described.task, ResidueTokenizer(vocab), skips, log, sequence_key,
+                             name_key)
     engine = described.open(_with_rows_for(proteins, config, mesh), mesh, vocab, checkpoint)
     packed = PackedExamples(proteins, described.space, vocab, settings_of(engine, 0), is_training=False)
     log.line(packed.describe(file))
