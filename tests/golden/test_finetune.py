@@ -378,6 +378,21 @@ def test_bad_labels_are_refused_with_their_place(base, tmp_path, capsys, name):
     assert said in line and str(path) in line
 
 
+def test_records_with_bad_labels_are_left_out_of_training_where_asked(base, tmp_path, capsys):
+    for part, seed in (("train", 0), ("valid", 1)):
+        records = proteins(12, seed, LABELS["number"])
+        records[3]["label"] = None
+        json_lines(tmp_path / f"{part}.jsonl", [*records, {"seq": "ACDE", "label": "n.d."}])
+    command = ["own", "--load", base, "--data", tmp_path, "--save", tmp_path / "out", "--train-iters", 1, *QUICK]
+    assert "line 4: the label is missing; give it, or leave the record out, as --skip-bad-records does" in refusal(
+        capsys, *command)
+    command += ["--label-kind", "number", "--skip-bad-records"]
+    assert finetune(*command) == 0
+    said = capsys.readouterr().out
+    assert said.count("skipped: ") == 4 and said.count("skipped 2 records of ") == 2 == said.count(": bad label 2")
+    assert report_of(tmp_path / "out")["proteins"] == {"train": 11, "valid": 11}
+
+
 def test_a_class_that_training_has_not_is_refused(base, tmp_path, capsys):
     train = json_lines(tmp_path / "train.jsonl", proteins(6, 0, LABELS["class"]) + [
         {"seq": "AAAAAA", "label": "rich"}, {"seq": "CCCCCC", "label": "poor"}])

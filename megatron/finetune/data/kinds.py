@@ -31,9 +31,7 @@ def kind_of(records: Sequence[ProteinRecord], skips: bool = False) -> str:
             raise record.missing(f"{shown(value)} stands for none; --label-kind class if it is a class")
         kinds = _kinds(value, len(record.ids))
         if not possible & kinds:
-            length = f" and {length_of(record)}" if possible & {*_OF_RESIDUES, CONTACTS} else ""
-            raise record.wrong(f"the label {shown(value)} is of another kind than those before it ("
-                               f"{', '.join(sorted(possible))}){length}; --label-kind says what the labels are")
+            raise _of_another_kind(record, possible)
         possible &= kinds
         odd += [] if kinds & _OF_RESIDUES else [record]
         no_numbers += [] if NUMBER in kinds else [record]
@@ -51,8 +49,8 @@ def kind_of(records: Sequence[ProteinRecord], skips: bool = False) -> str:
     if kind == CLASS and no_numbers and _are_meant_as_numbers(no_numbers, len(records)):
         if skips:
             return NUMBER
-        num_others = len(records) - len(no_numbers)
-        raise no_number(no_numbers[0], f", while {num_others:,} of {len(records):,} labels are" if num_others else "",
+        num_numbers = len(records) - len(no_numbers)
+        raise no_number(no_numbers[0], f", while {num_numbers:,} of {len(records):,} labels are" if num_numbers else "",
                         f"; --label-kind {CLASS} if they are classes")
     return kind
 
@@ -80,6 +78,12 @@ def hint_of_classes(labels: Iterable[Any]) -> str | None:
     if not spellings or len(spellings) > _FEW_CLASSES or not all(number.is_integer() for number in spellings):
         return None
     return f"the labels are read as numbers, and there are only {len(spellings):,} different ones, all whole"
+
+
+def _of_another_kind(record: ProteinRecord, possible: set[str]) -> DataError:
+    length = f" and {length_of(record)}" if possible & {*_OF_RESIDUES, CONTACTS} else ""
+    return record.wrong(f"the label {shown(record.present())} is of another kind than those before it ("
+                        f"{', '.join(sorted(possible))}){length}; --label-kind says what the labels are")
 
 
 def _of_other_length(odd: Sequence[ProteinRecord], num_records: int, kind: str) -> DataError:
