@@ -40,7 +40,7 @@ def with_best_rate(job: Job, folder: Path) -> Job | None:
         if not is_done:
             job.log.line("stopped before a learning rate was chosen: the same command begins with that")
             return None
-        values[rate], chooser = training.best_values, training.chooser
+        chooser, values[rate] = training.best
         del training  # its memory is the next one's
     if not values:
         raise DivergedError("no learning rate of --calibrate-lr had gradients that were finite; give lower ones")

@@ -24,6 +24,7 @@ from megatron.checkpoint.saving import parts_of
 from megatron.checkpoint.store import read_state
 from megatron.config import Config
 from megatron.errors import CheckpointError, ConfigError, SaveError
+from megatron.finetune.data.tasks import BALANCED, METRICS
 from megatron.finetune.flags import first_change
 from megatron.log import Log
 from megatron.train.step.engine import Engine
@@ -49,6 +50,12 @@ class Progress:
     best_epoch: int = 0
     best_by: str = ""
     best_values: tuple[float, ...] = ()
+
+    def chooser(self, kind: str, is_balanced: bool) -> str:
+        """The metric that chooses the best of a kind: with balanced classes, one in which rare classes count."""
+        if is_balanced and not self.best_at:
+            return BALANCED[kind]
+        return self.best_by or METRICS[kind][0]
 
     def state(self) -> dict[str, Any]:
         """All fields, as JSON."""

@@ -25,7 +25,6 @@ from megatron.errors import DivergedError, SaveError
 from megatron.files import write_json
 from megatron.finetune.data.batches import PackedExamples
 from megatron.finetune.data.examples import TaskData
-from megatron.finetune.data.tasks import BALANCED, METRICS
 from megatron.finetune.flags import Flags
 from megatron.finetune.model import Described
 from megatron.finetune.predictions.collected import measured, predictions, settings_of
@@ -116,17 +115,10 @@ class FineTuning:
             forget_after(self._metrics.path, self._progress.iteration)
 
     @property
-    def best_values(self) -> tuple[float, ...]:
-        """What the best validation so far was compared by (`metrics.standing`), the metric `chooser` first."""
-        return self._progress.best_values
-
-    @property
-    def chooser(self) -> str:
-        """The metric that chooses the best epoch: with balanced classes, one in which rare classes count."""
-        kind, progress = self._job.data.space.kind, self._progress
-        if self._job.flags.task.class_weights == "balanced" and not progress.best_at:
-            return BALANCED[kind]
-        return progress.best_by or METRICS[kind][0]
+    def best(self) -> tuple[str, tuple[float, ...]]:
+        """The metric that chooses the best validation, and what the best so far was compared by, that metric first."""
+        is_balanced = self._job.flags.task.class_weights == "balanced"
+        return self._progress.chooser(self._job.data.space.kind, is_balanced), self._progress.best_values
 
     def run(self) -> bool:
         """Take the remaining steps until all are taken or validation stops improving, then load the best weights.
@@ -166,7 +158,7 @@ class FineTuning:
         found = {part: self._measured(part, self._job.flags.finetune.bootstrap) for part in self._parts}
         return {"flags": self._job.identity, "seed": self._seed, "lr": self._config.schedule.lr,
                 "iteration": self._kept, "epoch": self._progress.best_epoch or self._progress.epoch,
-                "iterations": self._progress.iteration, "chosen_by": self.chooser if self._progress.best_at else None,
+                "iterations": self._progress.iteration, "chosen_by": self.best[0] if self._progress.best_at else None,
                 "proteins": {part: len(examples) for part, examples in self._job.data.parts.items()},
                 "measures": {part: {name: [_finite(end) for end in (one.value, one.low, one.high)]
                                     for name, one in measures.items()} for part, measures in found.items()}}
@@ -265,7 +257,7 @@ class FineTuning:
         self._save()
 
     def _validate(self) -> None:
-        progress, measures, chooser = self._progress, self._measured("valid"), self.chooser
+        progress, measures, chooser = self._progress, self._measured("valid"), self.best[0]
         values = standing(measures, chooser)
         is_better = values > progress.best_values
         if is_better:

@@ -124,7 +124,7 @@ def test_a_training_that_an_older_version_began_goes_on_and_is_chosen_by_what_it
         patch.setattr(Progress, "state", lambda self: {
             "iteration": self.iteration, "epoch": self.epoch, "step": self.step, "best_at": self.best_at,
             "best_epoch": self.best_epoch, "best_value": self.best_values[0] if self.best_values else None})
-        patch.setattr(training.FineTuning, "chooser", "accuracy")
+        patch.setattr(Progress, "chooser", lambda *_: "accuracy")
         assert command(*flags, "--exit-interval", stop) == 0
     capsys.readouterr()
     assert command(*flags) == 0
