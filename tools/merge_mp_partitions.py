@@ -18,6 +18,7 @@ from megatron.checkpoint.convert.conversion import FlagNames, convert  # noqa: E
 from megatron.config import Config, ModelConfig, ParallelConfig  # noqa: E402
 from megatron.config.command_line import OneLineParser, add_section_flags  # noqa: E402
 from megatron.config.declaration import flag_name  # noqa: E402
+from megatron.config.reading.checks import check_heads  # noqa: E402
 from megatron.config.reading.megatron_flags import ALWAYS_SO  # noqa: E402
 from megatron.data.corpus.vocab import Vocab  # noqa: E402
 from megatron.errors import ConfigError  # noqa: E402
@@ -46,6 +47,7 @@ def merge(given: dict[str, Any], log: Log) -> None:
     """Do it; raises ConfigError where flags are not the checkpoint's, CheckpointError for what it is."""
     load, vocab_file = given["load"], given.get("vocab_file")
     state = megatron_v2.read(load).state
+    check_heads(state["config"], load)
     compared = [item for item in fields(ModelConfig) if item.metadata["changes"] == "arithmetic"]
     compared += [item for item in fields(ParallelConfig) if item.name in state["layout"]]
     # What a checkpoint does not say, the original computes as by our defaults; but for what has none.

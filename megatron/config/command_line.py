@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from megatron.config import Config
 from megatron.config.data import VOCABULARIES
 from megatron.config.declaration import flag_name, with_tuples
-from megatron.config.reading.checks import check_section, filled, plain
+from megatron.config.reading.checks import check_heads, check_section, filled, plain
 from megatron.config.reading.files import read_file
 from megatron.config.reading.layers import overlaid
 from megatron.config.reading.megatron_flags import ALWAYS_SO, REFUSED
@@ -105,13 +105,16 @@ def left_open(argv: Sequence[str], saved: Callable[[str], Mapping[str, Any]]) ->
 
     These are the flags whose `Changes` are arithmetic, dropout or vocabulary; the last only if the vocabulary's file
     exists here. Without a checkpoint in `--load`, that of `--save` is used, which may continue it. `saved`: gives the
-    flags of the checkpoint in a folder. Raises ConfigError.
+    flags of the checkpoint in a folder. Raises ConfigError, and CheckpointError if neither `argv` nor the checkpoint
+    says the number of attention heads.
     """
     found = read(argv)
     values = found.said
     folders = [values[name] for name in ("load", "save") if name in values] if "load" in values else []
-    known = next(filter(None, map(saved, folders)), {})
+    place, known = next(filter(lambda pair: pair[1], ((folder, saved(folder)) for folder in folders)), ("", {}))
     given = values.keys() | found.of_preset.keys()
+    if "hidden_size" in known and "num_attention_heads" not in given:
+        check_heads(known, place)
     file = values.get("vocab_file", known.get("vocab_file"))
     is_here = file is None or file in VOCABULARIES or Path(str(file)).exists()
     kinds = {"arithmetic", "dropout", *(["vocabulary"] if is_here else [])}

@@ -19,6 +19,7 @@ from megatron.checkpoint.convert.torch_files import check_torch_files
 from megatron.checkpoint.convert.vocabulary import WORDS, trimmed
 from megatron.checkpoint.loading import refuse_task
 from megatron.checkpoint.manifest import check_files
+from megatron.config.reading.checks import check_heads
 from megatron.errors import ConfigError
 from megatron.files import leaving_no_empty, left_over, replacing
 from megatron.log import Log
@@ -43,6 +44,7 @@ def convert(source: Path, target: Path, loader: str, saver: str, *, tensor: int,
     _refuse_occupied(target, names)
     name, checkpoint = read_as(loader, source, iteration)
     log.line(f"reading {checkpoint.path} ({name}): {describe(checkpoint)}")
+    check_heads(checkpoint.state.get("config", {}), checkpoint.path)
     if saver not in OURS:
         refuse_task(checkpoint)
     check_files(checkpoint.path, log, with_optimizer=not takes_average and saver not in WEIGHTS_ALONE)

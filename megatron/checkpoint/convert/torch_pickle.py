@@ -36,7 +36,7 @@ _INERT_NAMES = {
     ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata"),
     ("megatron.core.dist_checkpointing.strategies.torch", "MCoreSavePlan"),
     ("signal", "Signals"), ("pathlib", "PosixPath"), ("pathlib", "PurePosixPath"), ("pathlib._local", "PosixPath"),
-    ("pathlib._local", "PurePosixPath"), ("io", "BytesIO"), ("_io", "BytesIO"), ("types", "SimpleNamespace"),
+    ("pathlib._local", "PurePosixPath"), ("io", "BytesIO"), ("_io", "BytesIO"),
     ("builtins", "dict"), ("builtins", "list"), ("builtins", "int"), ("builtins", "float")}
 STORAGES = {
     "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
@@ -185,6 +185,7 @@ def _defaults(factory: Any = None) -> dict:
 
 _FOUND: dict[tuple[str, str], Any] = {
     ("argparse", "Namespace"): _namespace,
+    ("types", "SimpleNamespace"): _namespace,
     ("builtins", "getattr"): _member,
     ("__builtin__", "getattr"): _member,
     ("collections", "defaultdict"): _defaults,

@@ -3,13 +3,14 @@
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import Field, fields, replace
+from pathlib import Path
 from typing import Any
 
 from megatron.config import Config, DataConfig, LoggingConfig, ModelConfig, ParallelConfig, PrecisionConfig
 from megatron.config.declaration import flag_name, shown, with_tuples
 from megatron.config.precision import DELAYED
 from megatron.config.schedule import Faults, schedule_faults
-from megatron.errors import ConfigError
+from megatron.errors import CheckpointError, ConfigError
 
 # Fields that only have an effect with a dynamic loss scale, with any loss scale, and with Muon.
 _OF_DYNAMIC_SCALE = ("initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis")
@@ -33,6 +34,17 @@ def filled(config: Config) -> Config:
     config = _with_derived(config)
     _check_combinations(config)
     return config
+
+
+def check_heads(saved: Mapping[str, Any], place: Path | str) -> None:
+    """Raises CheckpointError if a checkpoint's flags, `saved`, lack the number of attention heads.
+
+    No shape of a weight tells it: with another number the model computes something else, and nobody would notice.
+    """
+    if saved.get("num_attention_heads") is None:
+        raise CheckpointError(f"{place} does not say how many attention heads its model has; give pretrain_tape.py "
+                              '--num-attention-heads, and for other tools put "args": {"num_attention_heads": …} into '
+                              "its model_optim_rng.pt (or common.pt) with torch.load and torch.save")
 
 
 def check_section(section: Any) -> None:

@@ -21,6 +21,7 @@ from megatron.checkpoint.convert.megatron_core.distributed_files import (
 )
 from megatron.checkpoint.convert.megatron_core.names import FUSED, LAYER, LAYER_EXTRAS, OUTPUT_EXTRA
 from megatron.checkpoint.convert.megatron_core.weights import weights_of
+from megatron.checkpoint.convert.megatron_v2.arguments import arguments_in
 from megatron.checkpoint.convert.megatron_v2.names import num_layers
 from megatron.checkpoint.convert.megatron_v2.places import RELEASE, newest, place_for
 from megatron.checkpoint.failures import new_checkpoint
@@ -58,7 +59,8 @@ def read(path: Path, iteration: int | None = None) -> Checkpoint:
         elif not _OPTIMIZER.fullmatch(name):
             theirs[name] = tensor
     common = read_common(place)
-    layout = [getattr(common.get("args"), f"{what}_model_parallel_size", 1) for what in ("tensor", "pipeline")]
+    given = arguments_in(common)
+    layout = [given.get(f"{what}_model_parallel_size", 1) for what in ("tensor", "pipeline")]
     return checkpoint_of(place, theirs, common, (layout[0], layout[1]))
 
 

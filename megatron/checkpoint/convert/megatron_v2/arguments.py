@@ -44,6 +44,7 @@ _MEANT_THERE = {
     "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels",
     "max_position_embeddings", "make_vocab_size_divisible_by", "layernorm_epsilon", "rotary_base", "rotary_percent",
     "apply_residual_connection_post_layernorm", "bias_gelu_fusion", "openai_gelu"}
+_ASSUMED = ("layernorm_epsilon", "bias_gelu_fusion")  # what changes the numbers, and no parameter's shape tells
 _SCHEDULES = (  # key in the file, our names: the names in each generation of Megatron; the first counts iterations
     ("lr_scheduler", {"lr": "start_lr", "min_lr": "min_lr", "lr_decay_style": "decay_style",
                       "warmup_samples": "warmup_iter", "decay_samples": "end_iter", "num_samples": "num_iters"}),
@@ -55,9 +56,11 @@ _SCHEDULES = (  # key in the file, our names: the names in each generation of Me
 
 
 def arguments_in(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Megatron's arguments in a file's content; {} if there are none."""
+    """Megatron's arguments in a file's content, a namespace or a dict; {} if there are none."""
     found = tree.get("args")
-    return vars(found) if isinstance(found, argparse.Namespace) else {}
+    if isinstance(found, argparse.Namespace):
+        return vars(found)
+    return {name: value for name, value in found.items() if isinstance(name, str)} if isinstance(found, dict) else {}
 
 
 def config_of(given: Mapping[str, Any], shapes: Mapping[str, Sequence[int]], path: Path) -> dict[str, Any]:
@@ -143,7 +146,10 @@ def state_of(tree: Mapping[str, Any], iteration: int, config: dict[str, Any], la
     `tree`: a file's content; `layout`: the tensor- and pipeline-parallel sizes. The number of rows is estimated if it
     was not stored.
     """
-    schedule, given = schedule_of(tree), arguments_in(tree)
+    schedule, given, defaults = schedule_of(tree), arguments_in(tree), Config().as_dict()
+    if absent := [name for name in _ASSUMED if name not in config]:
+        notes.append(f"it does not say its {' and '.join(absent)}: unless flags say otherwise, taken to be "
+                     f"{' and '.join(str(defaults[name]) for name in absent)}, the default")
     consumed = given.get("consumed_train_samples")
     if type(consumed) is not int or consumed < 0:
         consumed = int(schedule["num_samples"]) if schedule is not None else iteration * _rows_a_step(given)

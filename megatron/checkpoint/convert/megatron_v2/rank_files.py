@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.checkpoint.contents import Tensors
+from megatron.checkpoint.convert.megatron_v2.arguments import arguments_in
 from megatron.checkpoint.convert.megatron_v2.names import num_layers
 from megatron.checkpoint.convert.megatron_v2.places import FILE, RELEASE, Place, place_for, rank_name
 from megatron.checkpoint.convert.torch_files import read_torch_file
@@ -21,11 +22,11 @@ def read_rank_files(place: Place, program: str) -> list[list[dict[str, Any]]]:
     Raises CheckpointError if one is not a dict, or if there are fewer or more files than the run had ranks.
     """
     trees = [[_tree(file, program) for file in stage] for stage in place.files]
-    arguments = trees[0][0].get("args")
+    arguments = arguments_in(trees[0][0])
     for what, found, names in (
             ("tensor", len(trees[0]), ("tensor_model_parallel_size", "model_parallel_size")),
             ("pipeline", len(trees), ("pipeline_model_parallel_size",))):
-        said = next((getattr(arguments, name) for name in names if hasattr(arguments, name)), found)
+        said = next((arguments[name] for name in names if name in arguments), found)
         if said != found:
             raise CheckpointError(f"{place.path}: has files of {found} {what}-parallel ranks, but was written by {said}"
                                   "; copy the others' as well")

@@ -115,7 +115,8 @@ class _Joiner:
         """The number of attention heads on each tensor rank; raises CheckpointError if it is unknown or impossible."""
         if not isinstance(self._heads, int) or self._heads < 1:
             raise CheckpointError(f"{self._place.path}: is of checkpoint version {self._version} and does not say how "
-                                  "many attention heads it has, by which its queries, keys and values are ordered")
+                                  "many attention heads it has, by which its queries, keys and values are ordered; put "
+                                  '"args": {"num_attention_heads": …} into its files with torch.load and torch.save')
         heads, rest = divmod(self._heads, self._num_tensor)
         if rest or part.shape[0] % (3 * heads):
             raise CheckpointError(f"{self._place.path}: {name} is {list(part.shape)} on each of {self._num_tensor} "
