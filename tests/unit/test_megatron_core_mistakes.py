@@ -49,7 +49,7 @@ def refusal(form, folder):
     ("swiglu", True), ("squared_relu", True), ("quick_geglu", True), ("normalization", "RMSNorm"),
     ("apply_layernorm_1p", True), ("position_embedding_type", "rope"), ("add_bias_linear", False),
     ("qk_layernorm", True), ("num_experts", 8), ("multi_latent_attention", True), ("window_size", (64, 0)),
-    ("group_query_attention", True)])
+    ("group_query_attention", True), ("softmax_type", "off-by-one"), ("softmax_type", "learnable")])
 def test_another_arithmetic_is_refused_by_its_name(name, value, recorded):
     edited(recorded / "split_1_1" / FILE, lambda tree: vars(tree["args"]).update({name: value}))
     assert f"was trained with {name} {value!r}" in refusal(ranks, recorded / "split_1_1")

@@ -15,7 +15,7 @@ from megatron.errors import CheckpointError
 
 # Arguments that change what the weights compute, with the value that our models support; more are in megatron_v2.
 _SAME = {"quick_geglu": False, "qk_layernorm": False, "multi_latent_attention": False, "window_size": None,
-         "mtp_num_layers": None, "hybrid_layer_pattern": None, "qk_l2_norm": False}
+         "mtp_num_layers": None, "hybrid_layer_pattern": None, "qk_l2_norm": False, "softmax_type": "vanilla"}
 # Arguments that Megatron-LM requires in a checkpoint, or that mean something else there than in Megatron v2.
 _THEIRS = {
     "normalization": "LayerNorm", "position_embedding_type": "learned_absolute", "add_position_embedding": True,
@@ -64,7 +64,7 @@ def _as_of_v2(given: Mapping[str, Any], place: Path) -> Mapping[str, Any]:
     if not given:
         return given
     for name, ours in _SAME.items():
-        if (given.get(name) or None) != (ours or None):
+        if (given.get(name, ours) or None) != (ours or None):
             raise CheckpointError(f"{place}: was trained with {name} {given[name]!r}, models here compute as with "
                                   f"{ours!r}; its weights would mean something else")
     # megatron-core ignores both: residuals are from before the LayerNorm, and bias_gelu_fusion selects the GeLU.
