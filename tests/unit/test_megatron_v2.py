@@ -263,3 +263,13 @@ def test_the_order_of_heads_cannot_be_guessed(tmp_path):
     changed(tmp_path, lambda tree: tree.pop("args"), version=1.0)
     with pytest.raises(CheckpointError, match="does not say how many attention heads"):
         read(tmp_path)
+
+
+@pytest.mark.parametrize(("name", "is_told"), [
+    ("mine.txt", True), ("iupac_vocab.txt", False), ("esm", False), (None, False)])
+def test_a_vocabulary_that_is_not_here_is_told(name, is_told, tmp_path):
+    file = name if name in ("esm", None) else f"/nowhere/{name}"
+    changed(tmp_path, lambda tree: vars(tree["args"]).update(vocab_file=file))
+    assert read(tmp_path).state["notes"] == [
+        f"its vocabulary {file} is not here: its tokens are taken to be those of iupac, unless --vocab-file names "
+        "others; put that file there if they are not"][:is_told]

@@ -13,6 +13,7 @@ from megatron.checkpoint.convert.megatron_v2.names import num_layers
 from megatron.checkpoint.convert.megatron_v2.places import RELEASE
 from megatron.checkpoint.convert.vocabulary import WORDS
 from megatron.config import Config
+from megatron.config.data import VOCABULARIES
 from megatron.config.declaration import flag_name
 from megatron.config.schedule import LR_DECAY_STYLES
 from megatron.errors import CheckpointError
@@ -44,6 +45,7 @@ _MEANT_THERE = {
     "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels",
     "max_position_embeddings", "make_vocab_size_divisible_by", "layernorm_epsilon", "rotary_base", "rotary_percent",
     "apply_residual_connection_post_layernorm", "bias_gelu_fusion", "openai_gelu"}
+_IUPAC = "iupac_vocab.txt"  # as ProteinLM names the file of the default vocabulary
 _ASSUMED = ("layernorm_epsilon", "bias_gelu_fusion")  # what changes the numbers, and no parameter's shape tells
 _SCHEDULES = (  # key in the file, our names: the names in each generation of Megatron; the first counts iterations
     ("lr_scheduler", {"lr": "start_lr", "min_lr": "min_lr", "lr_decay_style": "decay_style",
@@ -150,6 +152,10 @@ def state_of(tree: Mapping[str, Any], iteration: int, config: dict[str, Any], la
     if absent := [name for name in _ASSUMED if name not in config]:
         notes.append(f"it does not say its {' and '.join(absent)}: unless flags say otherwise, taken to be "
                      f"{' and '.join(str(defaults[name]) for name in absent)}, the default")
+    file = config.get("vocab_file")
+    if file not in (None, *VOCABULARIES) and not Path(file).exists() and Path(file).name != _IUPAC:
+        notes.append(f"its vocabulary {file} is not here: its tokens are taken to be those of iupac, unless "
+                     "--vocab-file names others; put that file there if they are not")
     consumed = given.get("consumed_train_samples")
     if type(consumed) is not int or consumed < 0:
         consumed = int(schedule["num_samples"]) if schedule is not None else iteration * _rows_a_step(given)
