@@ -185,7 +185,7 @@ def test_planted_code_does_not_run(plant, tmp_path, monkeypatch):
     (lambda tree: tree["model"]["lm_head"].update({"dense.bias": 3}), "is a int, not a table"),
     (lambda tree: tree.pop("model"), "holds no model"),
     (lambda tree: tree.update(checkpoint_version=4.0), "checkpoint version 4.0"),
-    (lambda tree: tree.update(iteration="x"), "its iteration is 'x'"),
+    (lambda tree: tree.update(iteration="x"), "is of iteration 7, and .* of x; copy both again"),
     (lambda tree: vars(tree["args"]).update(swiglu=True), "was trained with swiglu True"),
     (lambda tree: vars(tree["args"]).update(openai_gelu=True), "was trained with openai_gelu True"),
     (lambda tree: vars(tree["args"]).update(hidden_size=17), "arguments say hidden_size 17, its parameters 16"),

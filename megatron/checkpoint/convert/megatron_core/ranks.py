@@ -16,7 +16,7 @@ from megatron.checkpoint.convert.megatron_core.names import LAYER_EXTRAS, OUTPUT
 from megatron.checkpoint.convert.megatron_core.weights import weights_of
 from megatron.checkpoint.convert.megatron_v2.names import num_layers, renumbered, split_dim, stage_of
 from megatron.checkpoint.convert.megatron_v2.places import any_file, find_place
-from megatron.checkpoint.convert.megatron_v2.rank_files import read_rank_files, write_rank_files
+from megatron.checkpoint.convert.megatron_v2.rank_files import read_rank_files, refuse_other_replicas, write_rank_files
 from megatron.checkpoint.convert.torch_files import has_mark
 from megatron.checkpoint.convert.vocabulary import WORDS
 from megatron.errors import CheckpointError
@@ -75,6 +75,7 @@ def _merged(ranks: Sequence[Any], files: Sequence[Path]) -> dict[str, StoredTens
                 for part in parts):
             raise CheckpointError(f"{files[0]}: {str(name)[:60]} is no tensor, or another on other tensor ranks; give "
                                   "a checkpoint of megatron-core's BERT, all from one run")
+        refuse_other_replicas(name, parts, files)
         merged[name] = joined(parts, split_dim(name))
     return merged
 

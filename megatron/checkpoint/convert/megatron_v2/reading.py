@@ -23,7 +23,7 @@ from megatron.checkpoint.convert.megatron_v2.names import (
 )
 from megatron.checkpoint.convert.megatron_v2.optimizer_state import OptimizerState, optimizer_state
 from megatron.checkpoint.convert.megatron_v2.places import RELEASE, Place, find_place
-from megatron.checkpoint.convert.megatron_v2.rank_files import read_rank_files
+from megatron.checkpoint.convert.megatron_v2.rank_files import read_rank_files, refuse_other_replicas
 from megatron.checkpoint.convert.token_types import NOTE, left_out, with_first_type
 from megatron.checkpoint.failures import readable
 from megatron.errors import CheckpointError
@@ -139,6 +139,7 @@ def _model(stages: Sequence[Sequence[_Rank]], join: _Joiner, notes: list[str]) -
             masters = [rank.optimizer.masters.get(name) if rank.optimizer else None for rank in ranks]
             found[name] = join(name, [entry.tensor if master is None else master
                                       for entry, master in zip(entries, masters, strict=True)])
+            refuse_other_replicas(name, [entry.tensor for entry in entries], [rank.path for rank in ranks])
     expected = parameter_names(max(1, num_layers(found)))
     model = {name: found[name] for name in expected if name in found}
     extra = {name: tensor for name, tensor in found.items() if name not in model and name != HEAD_COPY}
