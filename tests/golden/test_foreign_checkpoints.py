@@ -1,6 +1,7 @@
 """Runs that resume from checkpoints of Megatron v2, made by hand in the original's layout."""
 
 import pytest
+import torch
 
 from megatron.checkpoint.convert.conversion import convert
 from megatron.checkpoint.convert.formats import FORMATS
@@ -8,7 +9,7 @@ from megatron.infer.pretrained import load_pretrained
 from megatron.log import Log
 from pretrain_tape import main
 from tests.golden.training import losses, run_on_ranks
-from tests.megatron_files import CONSUMED, ITERATION, POSITIONS, ROWS, wholes, write_original
+from tests.megatron_files import CONSUMED, ITERATION, POSITIONS, ROWS, loaded, wholes, write_original
 
 RUN = ["--seq-length", POSITIONS, "--micro-batch-size", 2, "--global-batch-size", 4, "--lr", 1e-3, "--min-lr", 1e-4,
        "--train-samples", CONSUMED + 16, "--lr-decay-samples", 160, "--lr-warmup-samples", 16, "--attention-dropout", 0,
@@ -93,3 +94,19 @@ def test_weights_alone_are_not_gone_on_from_but_taken(corpus, tmp_path, capsys):
     assert main([*arguments, "--finetune", "--num-layers", "3"]) == 2
     assert "--num-layers is 3, but the checkpoint was trained with 4" in capsys.readouterr().err
     assert min(train(corpus, tmp_path / "weights", tmp_path / "run", "--finetune")) == 1
+
+
+def test_a_run_without_its_distributed_optimizers_state_goes_on_where_it_is_not_wanted(corpus, tmp_path, capsys):
+    file = write_original(tmp_path / "made") / "mp_rank_00" / "model_optim_rng.pt"
+    tree = loaded(file)
+    for group in tree["optimizer"]["param_groups"]:
+        del group["params"]
+    torch.save(tree | {"optimizer": {"optimizer": {"param_groups": tree["optimizer"]["param_groups"]}}}, file)
+    flags = [*map(str, [*RUN, "--data-path", corpus, "--load", tmp_path / "made", "--save", tmp_path / "refused"])]
+    assert main(flags) == 2
+    printed = capsys.readouterr()
+    assert "note: the optimizer's state is not taken over" in printed.out
+    assert printed.err.count("\n") == 1 and "--no-load-optim" in printed.err and "--finetune" in printed.err
+    assert min(train(corpus, tmp_path / "made", tmp_path / "on", "--no-load-optim")) == ITERATION + 1
+    assert min(train(corpus, tmp_path / "made", tmp_path / "anew", "--finetune")) == 1
+    assert load_pretrained(str(tmp_path / "made")).iteration == ITERATION

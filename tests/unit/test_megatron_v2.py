@@ -178,7 +178,6 @@ def test_planted_code_does_not_run(plant, tmp_path, monkeypatch):
 @pytest.mark.parametrize(("change", "message"), [
     (lambda tree: tree["model"]["language_model"].update(rope={"x": torch.ones(1)}), "holds language_model.rope.x"),
     (lambda tree: tree["model"].update(other={"x": torch.ones(1)}), "holds other.x"),
-    (lambda tree: tree["model"].pop("lm_head"), "groups of"),
     (lambda tree: (tree["model"].pop("lm_head"), tree.pop("optimizer")), "the other tensor ranks"),
     (lambda tree: tree.update(optimizer=None) or tree["model"]["lm_head"].update({"dense.bias": torch.ones(3)}),
      "not the same shape"),
@@ -190,9 +189,6 @@ def test_planted_code_does_not_run(plant, tmp_path, monkeypatch):
     (lambda tree: vars(tree["args"]).update(openai_gelu=True), "was trained with openai_gelu True"),
     (lambda tree: vars(tree["args"]).update(hidden_size=17), "arguments say hidden_size 17, its parameters 16"),
     (lambda tree: vars(tree["args"]).update(tensor_model_parallel_size=4), "files of 2 tensor-parallel ranks"),
-    (lambda tree: tree["optimizer"]["param_groups"][0]["params"].pop(), "groups of"),
-    (lambda tree: tree["optimizer"]["state"][0].update(exp_avg=torch.ones(3)), "not of that parameter's shape"),
-    (lambda tree: tree.update(optimizer={"shards": []}), "its optimizer holds shards"),
 ])
 def test_what_does_not_fit_is_told_in_one_line(change, message, tmp_path):
     changed(tmp_path, change, tensor=2)
@@ -273,3 +269,25 @@ def test_a_vocabulary_that_is_not_here_is_told(name, is_told, tmp_path):
     assert read(tmp_path).state["notes"] == [
         f"its vocabulary {file} is not here: its tokens are taken to be those of iupac, unless --vocab-file names "
         "others; put that file there if they are not"][:is_told]
+
+
+def distributed(tree):
+    """What --use-distributed-optimizer leaves of the optimizer in a rank's file."""
+    tree["optimizer"] = {"grad_scaler": tree["optimizer"].get("grad_scaler"), "optimizer": {
+        "param_groups": [{"lr": 1e-4, "weight_decay": decay, "step": 5} for decay in (0.01, 0.0)]}}
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (distributed, "its optimizer holds grad_scaler, optimizer, not the state of Adam or SGD"),
+    (lambda tree: tree["optimizer"]["optimizer"]["param_groups"][0]["params"].pop(), "groups of"),
+    (lambda tree: tree["optimizer"]["optimizer"]["state"][0].update(exp_avg=torch.ones(3)), "not of that parameter's"),
+    (lambda tree: tree["optimizer"].update(optimizer={"shards": []}), "its optimizer holds")])
+def test_weights_are_taken_from_beside_an_optimizers_state_that_is_not(change, message, tmp_path):
+    place = changed(tmp_path, change, tensor=2, precision="fp16")
+    (place / "mp_rank_00" / "distrib_optim.pt").touch()
+    checkpoint = read(tmp_path)
+    assert checkpoint.optimizer is None and checkpoint.state["loss_scale"] == [65536.0, 1.0, 3.0]
+    for name, tensor in checkpoint.model.items():
+        assert torch.equal(tensor.read(), wholes()[name].half()), name
+    (note,) = checkpoint.state["notes"]
+    assert note.startswith("the optimizer's state is not taken over: ") and message in note and "\n" not in note

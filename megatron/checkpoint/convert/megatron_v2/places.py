@@ -4,7 +4,8 @@ FOLDER/latest_checkpointed_iteration.txt                   an iteration as decim
 FOLDER/iter_0000100/mp_rank_TT[_PPP]/model_optim_rng.pt    tensor rank TT of pipeline rank PPP, saved by torch.save
 FOLDER/release/mp_rank_TT[_PPP]/model_optim_rng.pt         weights only
 
-Any tensor- and pipeline-parallel size, in fp32, fp16 or bf16. Not supported: the distributed optimizer and experts.
+Any tensor- and pipeline-parallel size, in fp32, fp16 or bf16. Not supported: the state of the distributed optimizer,
+beside which the weights are read, and experts.
 """
 
 import re

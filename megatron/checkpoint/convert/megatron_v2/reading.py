@@ -21,7 +21,7 @@ from megatron.checkpoint.convert.megatron_v2.names import (
     renumbered,
     split_dim,
 )
-from megatron.checkpoint.convert.megatron_v2.optimizer_state import OptimizerState, optimizer_state
+from megatron.checkpoint.convert.megatron_v2.optimizer_state import OptimizerState, loss_scale, optimizer_state
 from megatron.checkpoint.convert.megatron_v2.places import RELEASE, Place, find_place
 from megatron.checkpoint.convert.megatron_v2.rank_files import read_rank_files, refuse_other_replicas
 from megatron.checkpoint.convert.token_types import NOTE, left_out, with_first_type
@@ -38,7 +38,7 @@ class _Rank:
     path: Path
     tree: dict[str, Any]
     entries: list[NamedParameter]
-    optimizer: OptimizerState | None
+    optimizer: OptimizerState | None = None
 
 
 def read(path: Path, iteration: int | None = None) -> Checkpoint:
@@ -49,10 +49,10 @@ def read(path: Path, iteration: int | None = None) -> Checkpoint:
     """
     place = find_place(path, iteration)
     with readable(place.path, "as Megatron writes it"):
-        stages = _ranks(place)
+        notes: list[str] = []
+        stages = _ranks(place, notes)
         first = stages[0][0].tree
         number = iteration_of(place.path, first.get("iteration", first.get("total_iters")))
-        notes: list[str] = []
         join = _Joiner(place, first, len(stages[0]))
         model = _model(stages, join, notes)
         optimizer = None if place.path.name == RELEASE else _optimizer(stages, join)
@@ -63,8 +63,8 @@ def read(path: Path, iteration: int | None = None) -> Checkpoint:
         return Checkpoint(place.path, number, model, optimizer, state)
 
 
-def _ranks(place: Place) -> list[list[_Rank]]:
-    """The files of all ranks, as [pipeline rank][tensor rank]."""
+def _ranks(place: Place, notes: list[str]) -> list[list[_Rank]]:
+    """The files of all ranks, as [pipeline rank][tensor rank]; appends to `notes` why there is no optimizer's state."""
     trees = read_rank_files(place, "Megatron v2")
     chunks = [[chunks_of(tree, path) for tree, path in zip(*both, strict=True)]
               for both in zip(trees, place.files, strict=True)]
@@ -77,12 +77,14 @@ def _ranks(place: Place) -> list[list[_Rank]]:
         for found, of_rank in zip(entries[pipeline], ranks, strict=True):
             found += [replace(entry, name=renumbered(entry.name, layer)) for entry in of_rank[chunk]]
         layer += num_layers(entry.name for entry in ranks[0][chunk])
-    return [list(map(_rank, *stage)) for stage in zip(place.files, trees, entries, strict=True)]
-
-
-def _rank(path: Path, tree: dict[str, Any], entries: list[NamedParameter]) -> _Rank:
-    optimizer = optimizer_state(tree["optimizer"], entries, path) if tree.get("optimizer") else None
-    return _Rank(path, tree, entries, optimizer)
+    ranks = [list(map(_Rank, *stage)) for stage in zip(place.files, trees, entries, strict=True)]
+    try:
+        return [[replace(rank, optimizer=optimizer_state(rank.tree["optimizer"], rank.entries, rank.path))
+                 if rank.tree.get("optimizer") else rank for rank in stage] for stage in ranks]
+    except CheckpointError as error:  # for many uses the weights are all that is wanted; resuming says what it lacks
+        notes.append(f"the optimizer's state is not taken over: {error}")
+        return [[replace(rank, optimizer=OptimizerState(loss_scale=loss_scale(rank.tree.get("optimizer"), rank.path)))
+                 for rank in stage] for stage in ranks]
 
 
 class _Joiner:
