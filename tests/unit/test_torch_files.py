@@ -257,8 +257,8 @@ def hostile():
             ("memo", b"\x80\x02}r\xff\xff\xff\x7f0\x8e" + (2**40).to_bytes(8, "little") + b"x", "it |Error")):
         yield name, zipped(good | {"x/data.pkl": tensor}), message
     yield "twice", twice(good), "is there twice"
-    yield "text", b"<html>not found</html>", "not a file of torch.save"
-    yield "empty", b"", "not a file of torch.save"
+    yield "text", b"<html>not found</html>", "is a web page"
+    yield "empty", b"", "is empty"
     yield "pickle", pickle.dumps({"a": 1}), "not a file of torch.save"
 
 

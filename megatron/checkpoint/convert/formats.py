@@ -1,6 +1,7 @@
 """The checkpoint formats that can be read and written, by name, and how to recognise one."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -8,6 +9,8 @@ from megatron.checkpoint.contents import Checkpoint
 from megatron.checkpoint.convert import megatron_v2, sharded, whole
 from megatron.checkpoint.convert.families import esm, hf
 from megatron.checkpoint.convert.megatron_core import distributed, ranks
+from megatron.checkpoint.convert.megatron_v2.places import any_file
+from megatron.checkpoint.convert.torch_files import refuse_stand_in
 from megatron.checkpoint.lora.peft_files import CONFIG as ADAPTERS
 from megatron.errors import CheckpointError, ConfigError
 
@@ -40,10 +43,13 @@ AUTO = "auto"
 def foreign(path: Path) -> CheckpointFormat | None:
     """The format of the checkpoint at `path` if it is one of another program, else None.
 
-    Raises CheckpointError for adapters of peft, with or without the model that they belong to.
+    Raises CheckpointError for adapters of peft, with or without the model that they belong to, and where a file is
+    empty or no checkpoint at all.
     """
     _refuse_adapters(path)
     name = foreign_name(path)
+    if name is None and not any(FORMATS[own].recognises(path) for own in OURS):
+        _refuse_stand_ins(path)
     return None if name is None else FORMATS[name]
 
 
@@ -76,6 +82,7 @@ def recognised(path: Path) -> str:
     _refuse_adapters(path)
     name = next((name for name, known in FORMATS.items() if known.recognises(path)), None)
     if name is None:
+        _refuse_stand_ins(path)
         half = hf.half_of_one(path)
         raise CheckpointError(f"{path} holds {half}; copy the other as well" if half else
                               f"{path} holds no checkpoint of a known format ({', '.join(FORMATS)}); give the folder "
@@ -89,3 +96,14 @@ def _refuse_adapters(path: Path) -> None:
         beside = "beside a model's weights" if hf.recognises(path) else "and no model"
         raise CheckpointError(f"{path} holds adapters of peft, {beside}; merge them into their model with peft's "
                               "merge_and_unload, save it with save_pretrained to a new folder, and give that")
+
+
+def _refuse_stand_ins(path: Path) -> None:
+    """Raises CheckpointError for what would be another program's checkpoint, were one of its files what it should be.
+    """
+    distributed.refuse_half(path)
+    files = [path] if path.is_file() else sorted(path.glob("*.pt"))
+    with suppress(CheckpointError, OSError):
+        files.append(any_file(path))
+    for file in files:
+        refuse_stand_in(file)

@@ -39,6 +39,8 @@ def read_torch_file(path: Path, begin: int = 0, num_bytes: int | None = None) ->
             window = _Window(file, begin, size - begin if num_bytes is None else num_bytes)
             if window.read(4) == b"PK\3\4":
                 return _read_zip(path, window)
+            if begin == 0:
+                refuse_stand_in(path)
             window.seek(0)
             return _read_legacy(path, window)
     except OSError as error:
@@ -82,6 +84,23 @@ def has_mark(path: Path, file_in: Callable[[Path], Path], mark: bytes) -> bool:
             return mark in file.read(_HEAD_BYTES)
     except (CheckpointError, OSError):
         return False
+
+
+def refuse_stand_in(path: Path) -> None:
+    """Raises CheckpointError if a file is what often stands in a weights file's place: nothing, a pointer, a web page.
+    """
+    try:
+        with path.open("rb") as file:
+            head = file.read(256)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}); copy it as well") from None
+    if not head:
+        raise CheckpointError(f"{path} is empty; copy or download it again")
+    if head.startswith(b"version https://git-lfs"):
+        raise CheckpointError(f"{path} is a pointer of Git LFS, and not what it points to; run git lfs pull there")
+    if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise CheckpointError(f"{path} is a web page, and not the file that was to be downloaded; download it again, "
+                              "from the link to the file itself")
 
 
 class _Window(io.RawIOBase):

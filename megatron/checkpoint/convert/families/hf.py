@@ -17,7 +17,7 @@ from megatron.checkpoint.convert.families.hf_writing import CONFIG, INDEX, TABLE
 from megatron.checkpoint.convert.families.names import their_names
 from megatron.checkpoint.convert.families.reading import ModelFamily, checkpoint_of
 from megatron.checkpoint.convert.families.vocabularies import known_vocabulary, vocabulary_in
-from megatron.checkpoint.convert.torch_files import read_torch_file
+from megatron.checkpoint.convert.torch_files import read_torch_file, refuse_stand_in
 from megatron.checkpoint.convert.vocabulary import trimmed, with_rows
 from megatron.checkpoint.failures import new_checkpoint, readable, refuse_layout
 from megatron.checkpoint.tensor_file import stored_in
@@ -25,7 +25,6 @@ from megatron.errors import CheckpointError
 
 BIN = "pytorch_model.bin"
 _VOCABULARIES = {flags.ESM: "esm", flags.BERT: "protbert", flags.OWN: "iupac"}
-_POINTER = b"version https://git-lfs"
 # Names from old versions of transformers.
 _OLD = {re.compile(r"LayerNorm\.gamma$"): "LayerNorm.weight", re.compile(r"LayerNorm\.beta$"): "LayerNorm.bias"}
 
@@ -125,13 +124,7 @@ def tensors_in_folder(place: Path) -> dict[str, StoredTensor]:
 
 def _tensors_in(file: Path) -> dict[str, StoredTensor]:
     """The tensors in one file, by name; raises CheckpointError."""
-    try:
-        with file.open("rb") as opened:
-            if opened.read(len(_POINTER)) == _POINTER:
-                raise CheckpointError(f"{file} is a pointer of Git LFS, and not what it points to; run git lfs pull "
-                                      "there")
-    except OSError as error:
-        raise CheckpointError(f"{file} cannot be read ({error.strerror}); copy it as well") from None
+    refuse_stand_in(file)
     if file.suffix == ".safetensors":
         return stored_in(file)
     tree = read_torch_file(file)

@@ -7,13 +7,16 @@ stacks and read both. Megatron-LM loads the result with any --spec, and with --f
 
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from megatron.checkpoint.contents import Checkpoint, StoredTensor, Tensors, one_piece
 from megatron.checkpoint.convert.megatron_core.arguments import checkpoint_of
 from megatron.checkpoint.convert.megatron_core.distributed_files import (
+    SAYS,
     Chunk,
+    holds_index,
     is_distributed,
     read_common,
     read_tensors,
@@ -24,6 +27,7 @@ from megatron.checkpoint.convert.megatron_core.weights import weights_of
 from megatron.checkpoint.convert.megatron_v2.arguments import arguments_in
 from megatron.checkpoint.convert.megatron_v2.names import num_layers
 from megatron.checkpoint.convert.megatron_v2.places import RELEASE, newest, place_for
+from megatron.checkpoint.convert.torch_files import refuse_stand_in
 from megatron.checkpoint.failures import new_checkpoint
 from megatron.errors import CheckpointError
 
@@ -38,6 +42,15 @@ def recognises(path: Path) -> bool:
         return is_distributed(_place_in(path, None))
     except (CheckpointError, OSError):
         return False
+
+
+def refuse_half(path: Path) -> None:
+    """Raises CheckpointError if `path` would be a checkpoint of this format, were its metadata.json there."""
+    place = path
+    with suppress(CheckpointError, OSError):
+        place = path if holds_index(path) else path / newest(path)
+    if holds_index(place) and not is_distributed(place):
+        refuse_stand_in(place / SAYS)
 
 
 def read(path: Path, iteration: int | None = None) -> Checkpoint:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from megatron.checkpoint.contents import Box, Piece, StoredTensor, are_a_whole
-from megatron.checkpoint.convert.torch_files import LONGEST_PICKLE, check_torch_file, read_torch_file
+from megatron.checkpoint.convert.torch_files import LONGEST_PICKLE, check_torch_file, read_torch_file, refuse_stand_in
 from megatron.checkpoint.convert.torch_pickle import PickledObject, load_torch_pickle
 from megatron.errors import CheckpointError
 from megatron.files import sync
@@ -30,7 +30,8 @@ from megatron.files import sync
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
 
-_INDEX, _COMMON, _SAYS = ".metadata", "common.pt", "metadata.json"
+SAYS = "metadata.json"
+_INDEX, _COMMON = ".metadata", "common.pt"
 _KIND = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch",
          "common_backend_version": 1}
 _FILE = "__0_0.distcp"
@@ -53,15 +54,21 @@ class Chunk:
 def is_distributed(place: Path) -> bool:
     """Whether a folder is a torch_dist checkpoint, judged by its metadata.json."""
     try:
-        kind = json.loads((place / _SAYS).read_text(encoding="utf-8"))
-        return (place / _INDEX).is_file() and kind["sharded_backend"] == _KIND["sharded_backend"]
+        kind = json.loads((place / SAYS).read_text(encoding="utf-8"))
+        return holds_index(place) and kind["sharded_backend"] == _KIND["sharded_backend"]
     except (OSError, ValueError, KeyError, TypeError):
         return False
+
+
+def holds_index(place: Path) -> bool:
+    """Whether a folder is of torch.distributed.checkpoint, of megatron-core's variant or another."""
+    return (place / _INDEX).is_file()
 
 
 def read_tensors(place: Path) -> dict[str, StoredTensor]:
     """The tensors in a folder by their names there, read lazily; raises CheckpointError."""
     path = place / _INDEX
+    refuse_stand_in(path)
     strange = CheckpointError(f"{path}: is no index of torch.distributed.checkpoint as megatron-core writes it, or "
                               "damaged; copy it again")
     try:
@@ -103,7 +110,7 @@ def write_distributed(place: Path, chunks: Iterable[Chunk], objects: Mapping[str
         index = _write_chunks(file, chunks, objects)
     torch.save(dict(common), place / _COMMON)
     (place / _INDEX).write_bytes(pickle.dumps(index))
-    (place / _SAYS).write_text(json.dumps(_KIND), encoding="utf-8")
+    (place / SAYS).write_text(json.dumps(_KIND), encoding="utf-8")
     for name in os.listdir(place):
         sync(place / name)
 
@@ -176,6 +183,7 @@ def _piece(place: Path, name: str, dtype: torch.dtype, offsets: tuple[int, ...],
     if not path.is_file():
         raise CheckpointError(f"{path} is missing: a part of {name}; copy it as well")
     if begin + num_bytes > path.stat().st_size:
+        refuse_stand_in(path)
         raise CheckpointError(f"{path}: ends before its part of {name}; it was cut off, copy it again")
 
     is_checked = False

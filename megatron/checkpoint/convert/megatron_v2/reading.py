@@ -77,14 +77,14 @@ def _ranks(place: Place, notes: list[str]) -> list[list[_Rank]]:
         for found, of_rank in zip(entries[pipeline], ranks, strict=True):
             found += [replace(entry, name=renumbered(entry.name, layer)) for entry in of_rank[chunk]]
         layer += num_layers(entry.name for entry in ranks[0][chunk])
-    ranks = [list(map(_Rank, *stage)) for stage in zip(place.files, trees, entries, strict=True)]
+    all_ranks = [list(map(_Rank, *stage)) for stage in zip(place.files, trees, entries, strict=True)]
     try:
         return [[replace(rank, optimizer=optimizer_state(rank.tree["optimizer"], rank.entries, rank.path))
-                 if rank.tree.get("optimizer") else rank for rank in stage] for stage in ranks]
+                 if rank.tree.get("optimizer") else rank for rank in stage] for stage in all_ranks]
     except CheckpointError as error:  # for many uses the weights are all that is wanted; resuming says what it lacks
         notes.append(f"the optimizer's state is not taken over: {error}")
         return [[replace(rank, optimizer=OptimizerState(loss_scale=loss_scale(rank.tree.get("optimizer"), rank.path)))
-                 for rank in stage] for stage in ranks]
+                 for rank in stage] for stage in all_ranks]
 
 
 class _Joiner:
