@@ -85,7 +85,8 @@ def test_of_frozen_parameters_it_keeps_nothing():
 def checkpoint(tmp_path):
     """Of two weights, one of which was frozen."""
     model = {"a.weight": stored(torch.zeros(2, 3)), "b.weight": stored(torch.ones(2))}
-    state = {"config": {"ema": 0.9}, "progress": {"iteration": 5, "consumed_samples": 10}, "ema_steps": 5}
+    state = {"config": {"ema": 0.9, "num_attention_heads": 1},
+             "progress": {"iteration": 5, "consumed_samples": 10}, "ema_steps": 5}
     return Checkpoint(tmp_path, 5, model, {"exp_avg/a.weight": stored(torch.ones(2, 3))}, state,
                       {"a.weight": stored(torch.full((2, 3), 0.5))})
 

@@ -102,6 +102,8 @@ def _refuse_stand_ins(path: Path) -> None:
     """Raises CheckpointError for what would be another program's checkpoint, were one of its files what it should be.
     """
     distributed.refuse_half(path)
+    if path.is_file() and path.suffix != ".pt":
+        return
     files = [path] if path.is_file() else sorted(path.glob("*.pt"))
     with suppress(CheckpointError, OSError):
         files.append(any_file(path))
