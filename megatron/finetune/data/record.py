@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 
+from megatron.data.corpus.tokenizer import MISSING_VALUES
 from megatron.errors import DataError
 from megatron.infer.skipped import FLAG
 
 _SHOWN, _NAMES, _SHOWN_OF_NAME, _SHOWN_OF_NAMES = 40, 12, 20, 80  # characters, names, and characters of these
-_MISSING = frozenset(("", "NA", "N/A", "n/a", "#N/A", "<NA>", "NaN", "nan", "NULL", "null", "None"))  # as in pandas
+_MISSING = {"", "n/a", "<NA>", *(value.decode() for value in MISSING_VALUES)}  # as in pandas
 BY_SKIPPING = f", as {FLAG} does"
 _MASKS: dict[Any, bool] = {"0": False, "1": True, 0: False, 1: True}
 
